@@ -1,0 +1,55 @@
+# Two commands do everything: `make run` and `make test`. Both make the environment first; a second call finds it made.
+#
+#   PYTHON   interpreter for a new environment; default: python3, or the newest of python3.10 to python3.13
+#   TORCH    what pip installs as PyTorch, before and apart from everything else
+#   OUTPUT   where `make run` writes
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+OUTPUT ?= output
+# The current torch where there is a GPU, else the version that the tests ran with: a plain `torch` may bring
+# gigabytes of CUDA libraries to a machine that cannot use them.
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch,torch==2.13.0)
+export PYTHON TORCH
+
+BIN := .venv/bin
+
+.PHONY: help run test lint check unit format environment environment-test clean
+
+help:  ## these lines
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+run: environment  ## segment a structure in a real sample volume with the shipped bundle
+	$(BIN)/ka2ersegment demo --output $(OUTPUT)
+
+test: lint check unit  ## linters, type check, import contracts, all tests
+
+lint: environment-test  ## ruff format and ruff check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+check: environment-test  ## mypy and the import contracts
+	$(BIN)/mypy --strict KA2ERSegment
+	$(BIN)/lint-imports
+
+unit: environment-test  ## pytest
+	$(BIN)/python -m pytest
+
+format: environment-test  ## format the code and repair what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+environment: .venv/.made-for-run  ## .venv with what `make run` needs
+
+environment-test: .venv/.made-for-test  ## .venv with what `make test` needs
+
+.venv/.made-for-run: pyproject.toml .ci/environment
+	.ci/environment run
+
+.venv/.made-for-test: pyproject.toml .ci/environment
+	.ci/environment test
+
+clean:  ## remove the environment and all caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
