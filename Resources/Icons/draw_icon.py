@@ -1,4 +1,4 @@
-"""Draw the extension's icon, KA2ERSegment.png beside this file: a structure, its contour, a positive and a negative click."""
+"""Draw the extension's icon, KA2ERSegment.png beside this file: a structure, its contour, a click of each polarity."""
 
 from pathlib import Path
 
