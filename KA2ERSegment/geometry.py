@@ -30,6 +30,9 @@ class Box:
     @classmethod
     def of_shape(cls, shape_kji: tuple[int, ...]) -> Box:
         """The box that covers a whole array of shape (K, J, I)."""
+        if len(shape_kji) != 3:
+            message = f"an array must have three axes (K, J, I), got shape {tuple(shape_kji)}."
+            raise GeometryError(message)
         k, j, i = shape_kji
         return cls((0, 0, 0), (i, j, k))
 
@@ -116,7 +119,11 @@ def check_affine(ijk_to_ras: npt.ArrayLike) -> FloatArray:
     Left-handed and oblique affines are fine. Raises GeometryError where the matrix is not 4x4, not finite,
     singular (a zero spacing is), or where its last row is not (0, 0, 0, 1).
     """
-    matrix = np.array(ijk_to_ras, dtype=np.float64)
+    try:
+        matrix = np.array(ijk_to_ras, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        message = f"ijk_to_ras must be a 4x4 matrix of numbers, got {ijk_to_ras!r}."
+        raise GeometryError(message) from error
     if matrix.shape != (4, 4):
         message = f"ijk_to_ras must be a 4x4 matrix, got shape {matrix.shape}."
         raise GeometryError(message)
@@ -126,6 +133,7 @@ def check_affine(ijk_to_ras: npt.ArrayLike) -> FloatArray:
     if not np.allclose(matrix[3], (0, 0, 0, 1)):
         message = f"the last row of ijk_to_ras must be (0, 0, 0, 1), got {matrix[3].tolist()}."
         raise GeometryError(message)
+    matrix[3] = (0, 0, 0, 1)  # rounding must not travel into inverses
     spacing = np.linalg.norm(matrix[:3, :3], axis=0)
     if (spacing < 1e-6).any():
         message = f"spacing must be above zero, got {spacing.tolist()} mm (IJK). Repair the image's header."

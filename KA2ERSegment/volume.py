@@ -73,7 +73,7 @@ class Volume:
     @property
     def ras_to_ijk(self) -> FloatArray:
         """4x4 affine from RAS mm to continuous voxel index (I, J, K)."""
-        return np.linalg.inv(self.ijk_to_ras)
+        return np.asarray(np.linalg.inv(self.ijk_to_ras), dtype=np.float64)
 
     def canonical(self) -> Volume:
         """The same image with voxel axes closest to R, A and S, all running positive. A view: nothing is copied."""
@@ -121,7 +121,9 @@ def _check_array(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
             "Choose one frame or channel of a 4D image; stack 2D images first."
         )
         raise VolumeError(message)
-    if array.dtype == np.bool_ or not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
+    if array.dtype == np.bool_ or not (
+        np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+    ):
         message = f"volume {name!r} must hold real numbers, got dtype {array.dtype}."
         raise VolumeError(message)
     lowest, highest = array.min(), array.max()  # NaN and infinity show in these two
