@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import signal
 
 import nibabel
@@ -265,6 +264,7 @@ def test_an_existing_file_is_replaced_with_force_only(tmp_path, name):
 @pytest.fixture
 def a_full_disk():
     """No file of this process may grow beyond 64 bytes, as with a full disk: the real writers really fail."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of a killed process
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, old[1]))
