@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def an_array() -> np.ndarray:
-    """(K, J, I) float32: a bright ellipsoid off the centre, 100 above noise of 5, so that no mirror image is the same."""
+    """(K, J, I) float32: a bright ellipsoid off the centre, 100 above noise of 5; no mirror image is the same."""
     return synthetic_array()
 
 

@@ -1,4 +1,4 @@
-"""A .py that CMakeLists.txt does not list is missing in the packaged Slicer extension."""
+"""A file that CMakeLists.txt does not list is missing in the packaged Slicer extension."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "KA2ERSegment"
 
 
-def test_cmake_lists_every_file_of_the_package_and_no_other() -> None:
+@pytest.mark.parametrize("variable", ["KA2ERSegment_PYTHON_SCRIPTS", "KA2ERSegment_PYTHON_RESOURCES"])
+def test_cmake_lists_every_file_of_the_package_and_no_other(variable: str) -> None:
     text = (PACKAGE / "CMakeLists.txt").read_text(encoding="utf-8")
-    listed = re.search(r"set\(KA2ERSegment_PYTHON_SCRIPTS\s(.*?)\)", text, re.S)[1].split()
-    there = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    listed = re.search(rf"set\({variable}\s(.*?)\)", text, re.S)[1].split()
+    there = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and path.name != "CMakeLists.txt"
+    }
+    there = {name for name in there if name.endswith(".py") == variable.endswith("SCRIPTS")}
     missing, gone = sorted(there - set(listed)), sorted(set(listed) - there)
 
-    assert not missing, "add to KA2ERSegment_PYTHON_SCRIPTS in KA2ERSegment/CMakeLists.txt:\n  " + "\n  ".join(missing)
-    assert not gone, "remove from KA2ERSegment_PYTHON_SCRIPTS in KA2ERSegment/CMakeLists.txt:\n  " + "\n  ".join(gone)
-    assert listed == sorted(listed), "keep KA2ERSegment_PYTHON_SCRIPTS sorted, so that each file is there once"
-    assert len(listed) == len(set(listed))
+    assert not missing, f"add to {variable} in KA2ERSegment/CMakeLists.txt:\n  " + "\n  ".join(missing)
+    assert not gone, f"remove from {variable} in KA2ERSegment/CMakeLists.txt:\n  " + "\n  ".join(gone)
+    assert listed == sorted(set(listed)), f"keep {variable} sorted, each file once"
 
 
 @pytest.mark.parametrize(
