@@ -1,0 +1,579 @@
+"""The command line `ka2ersegment`. Imports that take time are inside the commands, so that help is quick.
+
+Exit codes: 0 done, 1 the run failed (one line says why), 2 wrong usage. With `--json` there is exactly one JSON
+document on stdout; messages and progress always go to stderr. Neither names volumes or patients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from KA2ERSegment.errors import KA2ERError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from KA2ERSegment.bundle import Bundle
+    from KA2ERSegment.prompts import Prompt
+    from KA2ERSegment.session import ExpertOpinion, Prediction, Session
+    from KA2ERSegment.volume import Volume
+
+FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
+
+app = typer.Typer(
+    help="Segment 3D medical images from a few prompts: boxes and clicks in, masks out.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals may hold file names of patients
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bundle_app = typer.Typer(help="Look at a trained bundle, or verify its files.", no_args_is_help=True)
+app.add_typer(bundle_app, name="bundle")
+
+
+class Device(str, Enum):
+    """Where the network runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Method(str, Enum):
+    """What is evaluated."""
+
+    KA2ER = "ka2er"
+    GROWCUT = "growcut"
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle folder; default: the one shipped.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where the network runs.")]
+
+
+@app.command()
+def segment(
+    image: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MHA file, or a folder with one DICOM series.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Mask file: .nii.gz, .nrrd, .mha or .seg.nrrd.")],
+    object_name: Annotated[str, typer.Option("--object", help="Name of the object.")] = "object",
+    box: Annotated[
+        str | None,
+        typer.Option("--box", help="I0,J0,K0,I1,J1,K1 in voxels, half-open; with --ras two opposite corners in mm."),
+    ] = None,
+    point: Annotated[list[str] | None, typer.Option("--point", help="I,J,K inside the object; repeat.")] = None,
+    negative_point: Annotated[
+        list[str] | None, typer.Option("--negative-point", help="I,J,K outside the object; repeat.")
+    ] = None,
+    *,
+    ras: Annotated[bool, typer.Option("--ras", help="Points and box are in RAS mm, not in voxels.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Prompts that a session saved; they come before the others.")
+    ] = None,
+    confidence: Annotated[
+        Path | None, typer.Option("--confidence", help="Folder for each expert's probability and weight maps.")
+    ] = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = Device.AUTO,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment one object in IMAGE from a box, points, or saved prompts."""
+    if box is None and not point and not negative_point and prompts is None:
+        message = "at least one prompt is needed: --box, --point, --negative-point or --prompts."
+        raise typer.BadParameter(message)
+    corners = None if box is None else _numbers(box, 6, "--box", whole=not ras)
+    clicks = [(_numbers(text, 3, "--point", whole=not ras), True) for text in point or []]
+    clicks += [(_numbers(text, 3, "--negative-point", whole=not ras), False) for text in negative_point or []]
+    if not output.name.lower().endswith(FORMATS):
+        message = f"--output must end in one of {', '.join(FORMATS)}, got {output.name!r}."
+        raise typer.BadParameter(message)
+    with _run(as_json) as run:
+        from KA2ERSegment.segmentation_files import check_output, write_confidence, write_segmentation
+
+        check_output(output, force=force)
+        if not os.access(output.parent, os.W_OK):
+            message = f"the folder of output {str(output)!r} must be writable. Choose another one."
+            raise KA2ERError(message)
+        if confidence is not None:
+            _check_confidence_folder(confidence, force=force)
+        with run.step("Starting"):
+            from KA2ERSegment.bundle import load_bundle
+            from KA2ERSegment.session import Session
+            from KA2ERSegment.volume import Volume
+        with run.step("Reading the image"):
+            volume = Volume.read(image)
+        with run.step("Loading the bundle"):
+            loaded = load_bundle(bundle)
+        begin = time.perf_counter()
+        with run.step("Segmenting"):
+            new = _prompts_of(corners, clicks, volume, ras=ras)
+            if prompts is None:
+                session = Session(loaded, device=device.value)
+                session.set_volume(volume)
+            else:
+                session = Session.replay(prompts, volume, loaded, device=device.value)
+            prediction = _predict(session, new, object_name, chosen=prompts is None or bool(new))
+        seconds = time.perf_counter() - begin
+        weights: dict[str, float] = {}
+        if confidence is not None:
+            with run.step("Computing confidence maps"):
+                weights = {name: opinion.mean_weight for name, opinion in prediction.experts.items()}
+                write_confidence(confidence, _confidence_maps(prediction.experts), volume, force=force)
+        with run.step("Writing"):
+            labels, names = session.label_map()
+            masks = {name: labels == value for value, name in enumerate(names, 1)}
+            write_segmentation(output, masks, volume, force=force)
+        voxel_ml = float(volume.spacing[0] * volume.spacing[1] * volume.spacing[2]) / 1000
+        counts = {name: int(mask.sum()) for name, mask in masks.items()}
+        run.result(
+            {
+                "output": str(output),
+                "confidence": None if confidence is None else str(confidence),
+                "objects": {n: {"voxels": c, "millilitres": round(c * voxel_ml, 4)} for n, c in counts.items()},
+                "quality": round(float(prediction.quality), 4),
+                "expert_weights": {name: round(float(weight), 4) for name, weight in weights.items()},
+                "device": device.value,
+                "seconds": round(seconds, 3),
+            }
+        )
+        for name, count in counts.items():
+            run.say(f"{name}: {count} voxels, {count * voxel_ml:.2f} ml")
+        run.say(f"expected quality (Dice) {prediction.quality:.2f}, {seconds:.1f} s, written to {output}")
+        if not any(counts.values()):
+            run.warn("the mask is empty: add a positive point inside the object.")
+
+
+@app.command()
+def evaluate(
+    manifest: Annotated[list[Path], typer.Argument(help="Manifest CSV; several are evaluated as one.")],
+    split: Annotated[str, typer.Option("--split", help="Split of the manifest.")] = "val",
+    method: Annotated[Method, typer.Option("--method", help="growcut: Slicer's Grow from seeds.")] = Method.KA2ER,
+    *,
+    no_box: Annotated[bool, typer.Option("--no-box", help="Clicks only.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for results; default output/evaluate-METHOD-PROMPTS.")
+    ] = None,
+    max_objects_per_item: Annotated[
+        int | None,
+        typer.Option("--max-objects-per-item", min=1, help="Objects of one item, chosen by a fixed seed; default all."),
+    ] = None,
+    min_voxels: Annotated[int, typer.Option("--min-voxels", min=1, help="Smaller objects are left out.")] = 20,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    bundle: BundleOption = None,
+    device: DeviceOption = Device.AUTO,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a method under the challenge protocol: a drawn box, then five clicks in the largest error."""
+    if output is None:
+        output = Path("output") / f"evaluate-{method.value}-{'clicks' if no_box else 'box'}"
+    with _run(as_json) as run:
+        with run.step("Starting"):
+            from KA2ERSegment import evaluation
+
+            segmenter = _segmenter(method, bundle, device)
+        with run.bar("Evaluating") as on_progress:
+            done = evaluation.evaluate(
+                manifest,
+                segmenter,
+                output,
+                split=split,
+                with_box=not no_box,
+                max_objects_per_item=max_objects_per_item,
+                min_voxels=min_voxels,
+                resume=resume,
+                on_progress=lambda count, total, _: on_progress(count, total),
+            )
+        run.result({"output": str(output), **done.to_json()})
+        run.say(_table_of_sources(f"{method.value}, {'clicks only' if no_box else 'box and clicks'}", done.sources))
+        maps = sum(1 for entry in done.left_out if not entry.name)
+        objects = len(done.left_out) - maps
+        run.say(f"left out: {maps} label maps without an image, {objects} objects (see summary.json)")
+        run.say(f"written to {output}")
+
+
+@bundle_app.command("info")
+def bundle_info(
+    folder: Annotated[Path | None, typer.Argument(help="Bundle folder; default: the one shipped.")] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a bundle is: experts, sizes, files."""
+    with _run(as_json) as run:
+        with run.step("Verifying the bundle"):
+            from KA2ERSegment.bundle import load_bundle
+
+            bundle = load_bundle(folder)
+        about = _about_bundle(bundle)
+        run.result(about)
+        table = _table(about["folder"], "", "")
+        for key in ("patch_size", "megabytes"):
+            table.add_row(key.replace("_", " "), str(about[key]))
+        for expert in about["experts"]:
+            table.add_row(f"expert {expert['name']}", expert["task"])
+        table.add_row("files", ", ".join(about["files"]))
+        run.say(table)
+
+
+@bundle_app.command("verify")
+def bundle_verify(
+    folder: Annotated[Path | None, typer.Argument(help="Bundle folder; default: the one shipped.")] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every file of a bundle against its SHA-256; exit code 1 where one differs."""
+    with _run(as_json) as run:
+        with run.step("Verifying the bundle"):
+            from KA2ERSegment.bundle import load_bundle
+
+            bundle = load_bundle(folder)
+        files = dict(bundle.checksums)
+        run.result({"folder": str(bundle.folder), "verified": True, "files": files})
+        run.say(f"{bundle.folder}: {len(files)} files, all as their SHA-256 says")
+
+
+@app.command()
+def doctor(
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that this machine has what is needed; exit code 1 where something needed is missing."""
+    with _run(as_json) as run:
+        with run.step("Looking around"):
+            checks = _checks()
+        healthy = all(check["ok"] for check in checks if check["needed"])
+        run.result({"ok": healthy, "checks": checks})
+        table = _table("", "", "what", "found")
+        for check in checks:
+            mark = "[green]ok[/]" if check["ok"] else "[red]missing[/]" if check["needed"] else "[yellow]absent[/]"
+            table.add_row(mark, check["name"], check["found"])
+        run.say(table)
+        if not healthy:
+            raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the mask and the picture.")] = Path(
+        "output"
+    ),
+    *,
+    bundle: BundleOption = None,
+    device: DeviceOption = Device.AUTO,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment a structure of a real brain MR from a box and a point, with the bundle that is shipped."""
+    with _run(as_json) as run:
+        with run.step("Starting"):
+            from KA2ERSegment.demo import run_demo
+        with run.step("Segmenting the sample"):
+            done = run_demo(output, bundle=bundle, device=device.value)
+        run.result(done.to_json())
+        table = _table("Dice against the sample's own label", "after", "Dice", "seconds")
+        for step in done.steps:
+            table.add_row(step.after, f"{step.dice:.3f}", f"{step.seconds:.2f}")
+        run.say(table)
+        for path in done.files:
+            run.say(f"written to {path}")
+        run.say(f"\nOn your own file:\n  {done.own_file_command}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+class _Run:
+    """Where one command's words go: text or JSON on stdout, everything else on stderr."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._out = Console(highlight=False, soft_wrap=True)
+        if not self._out.is_terminal:
+            self._out.width = 140  # tables in files need not fit a screen
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """A spinner while the block runs."""
+        with self._err.status(text):
+            yield
+
+    @contextlib.contextmanager
+    def bar(self, text: str) -> Iterator[Any]:
+        """A progress bar; the block calls what it gets with (done, total)."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._err, transient=True) as progress:
+            task = progress.add_task(text, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    def say(self, text: str | Table) -> None:
+        """To people; silent where the output is JSON."""
+        if not self.as_json:
+            self._out.print(text, markup=False) if isinstance(text, str) else self._out.print(text)
+
+    def warn(self, text: str) -> None:
+        """To people, on stderr."""
+        self._err.print(f"[yellow]warning:[/] {_plain(text)}")
+
+    def result(self, value: dict[str, Any]) -> None:
+        """To machines."""
+        if self.as_json:
+            typer.echo(json.dumps(value, indent=2))
+
+    def fail(self, text: str, kind: str) -> None:
+        """One clear line, and the same for machines."""
+        self._err.print(f"[red]error:[/] {_plain(text)}")
+        self.result({"error": text, "kind": kind})
+
+
+@contextlib.contextmanager
+def _run(as_json: bool) -> Iterator[_Run]:
+    """Turn expected failures into one line and exit code 1."""
+    run = _Run(as_json)
+    try:
+        yield run
+    except KA2ERError as error:
+        run.fail(str(error), type(error).__name__)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        run.fail(f"a file could not be read or written: {error}.", type(error).__name__)
+        raise typer.Exit(1) from error
+    except MemoryError as error:
+        run.fail("there is not enough memory: use a smaller volume or crop it.", "MemoryError")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        run.fail("interrupted, nothing more was written.", "KeyboardInterrupt")
+        raise typer.Exit(1) from error
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _numbers(text: str, count: int, option: str, *, whole: bool) -> tuple[float, ...]:
+    """Comma-separated numbers; typer.BadParameter (exit code 2) where they are not."""
+    names = {3: "I,J,K", 6: "I0,J0,K0,I1,J1,K1"}[count]
+    try:
+        values = tuple((int if whole else float)(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count:
+        kind = "whole numbers (voxels)" if whole else "numbers (RAS mm)"
+        message = f"must be {count} {kind} as {names}, got {text!r}."
+        if whole:
+            message += " Give --ras for coordinates in mm."
+        raise typer.BadParameter(message, param_hint=option)
+    return values
+
+
+def _check_confidence_folder(folder: Path, *, force: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        message = f"--confidence {str(folder)!r} must be a folder, got a file."
+        raise KA2ERError(message)
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        message = f"--confidence {str(folder)!r} must be an empty or new folder. Choose another one, or give --force."
+        raise KA2ERError(message)
+    if not folder.parent.is_dir():
+        message = f"the folder that --confidence {str(folder)!r} goes into must exist. Make it first."
+        raise KA2ERError(message)
+
+
+def _prompts_of(
+    corners: tuple[float, ...] | None, clicks: list[tuple[tuple[float, ...], bool]], volume: Volume, *, ras: bool
+) -> list[Prompt]:
+    """The box, then positive points, then negative ones."""
+    from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity
+
+    prompts: list[Prompt] = []
+    if corners is not None:
+        if ras:
+            low, high = zip(*(sorted(pair) for pair in zip(corners[:3], corners[3:], strict=True)), strict=True)
+            x, y, z = (b - a for a, b in zip(low, high, strict=True))
+            prompts.append(BoxPrompt((low[0], low[1], low[2]), ((x, 0.0, 0.0), (0.0, y, 0.0), (0.0, 0.0, z))))
+        else:
+            i0, j0, k0, i1, j1, k1 = (int(c) for c in corners)
+            prompts.append(BoxPrompt.from_ijk((i0, j0, k0), (i1, j1, k1), volume))
+    for numbers, positive in clicks:
+        polarity = Polarity.POSITIVE if positive else Polarity.NEGATIVE
+        a, b, c = numbers
+        if ras:
+            prompts.append(PointPrompt((float(a), float(b), float(c)), polarity))
+        else:
+            prompts.append(PointPrompt.from_ijk((int(a), int(b), int(c)), volume, polarity))
+    return prompts
+
+
+def _predict(session: Session, new: list[Prompt], name: str, *, chosen: bool) -> Prediction:
+    """The prediction after the new prompts; those of a file only keep the file's own selected object."""
+    if chosen:
+        session.select(name)
+    for prompt in new:
+        session.add(prompt)
+    prediction = session.prediction
+    if prediction is None:
+        message = (
+            "the prompt file must hold at least one prompt for its selected object, got none. Add one with --point."
+        )
+        raise KA2ERError(message)
+    return prediction
+
+
+def _confidence_maps(experts: Mapping[str, ExpertOpinion]) -> dict[str, Any]:
+    """File name to map: probability and weight of each expert."""
+    maps: dict[str, Any] = {}
+    for name, opinion in experts.items():
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+        maps[f"{stem}_probability"] = opinion.probability
+        maps[f"{stem}_weight"] = opinion.weight
+    return maps
+
+
+def _segmenter(method: Method, bundle: Path | None, device: Device) -> Any:
+    if method is Method.GROWCUT:
+        from KA2ERSegment.growcut import GrowCut
+
+        return GrowCut()
+    from KA2ERSegment.bundle import load_bundle
+    from KA2ERSegment.evaluation import SessionSegmenter
+    from KA2ERSegment.session import Session
+
+    loaded = load_bundle(bundle)
+    return SessionSegmenter(Session(loaded, device=device.value), f"ka2er {loaded.identity}")
+
+
+def _about_bundle(bundle: Bundle) -> dict[str, Any]:
+    files = dict(bundle.checksums)
+    size = sum((bundle.folder / name).stat().st_size for name in files)
+    plans = bundle.plans
+    return {
+        "folder": str(bundle.folder),
+        "patch_size": plans.patch_size,
+        "experts": [{"name": e.name, "task": e.task, "classes": list(e.classes)} for e in plans.experts],
+        "megabytes": round(size / 1e6, 2),
+        "files": files,
+    }
+
+
+def _table_of_sources(title: str, sources: dict[str, dict[str, float | None]]) -> Table:
+    columns = ("box_dice", "dsc1", "dsc_final", "dsc_auc", "nsd_final", "nsd_auc", "seconds_per_click")
+    heads = ("box", "1 click", "5 clicks", "DSC AUC", "NSD 5", "NSD AUC", "s/click")
+    table = _table(title, "source", "items", "objects", *heads)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for source, means in sources.items():
+        if source == "mean over sources":
+            table.add_section()
+        cells = ["" if means[c] is None else f"{means[c]:.3f}" for c in columns]
+        table.add_row(source, f"{means['items']:.0f}", f"{means['objects']:.0f}", *cells)
+    return table
+
+
+_NEEDED = {
+    "torch": "torch",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "monai": "monai",
+    "einops": "einops",
+    "nibabel": "nibabel",
+    "SimpleITK": "SimpleITK",
+    "slicerio": "slicerio",
+    "safetensors": "safetensors",
+    "dynamic_network_architectures": "dynamic-network-architectures",
+}
+_OPTIONAL = {
+    "slicer": ("slicer-core", "slicer"),
+    "matplotlib": ("matplotlib", "pictures"),
+    "nilearn": ("nilearn", "demo"),
+    "lightning": ("lightning", "training"),
+}
+
+
+def _checks() -> list[dict[str, Any]]:
+    """What `doctor` looks at, each with `name`, `ok`, `needed` and `found`."""
+    version = platform.python_version()
+    supported = (3, 10) <= tuple(int(n) for n in platform.python_version_tuple()[:2]) <= (3, 13)
+    checks = [_check("python 3.10 to 3.13", ok=supported, found=version)]
+    checks += [_module_check(name, package, needed=True) for name, package in _NEEDED.items()]
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        checks.append(_check("device", ok=True, found=torch.cuda.get_device_name() if cuda else "cpu (no CUDA)"))
+        checks.append(_check("threads", ok=True, found=f"{torch.get_num_threads()} of {os.cpu_count()} processors"))
+        checks.append(_bundle_check())
+    checks.append(_memory_check())
+    checks += [_module_check(name, pkg, needed=False, extra=extra) for name, (pkg, extra) in _OPTIONAL.items()]
+    return checks
+
+
+def _check(name: str, *, ok: bool, found: str, needed: bool = True) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "needed": needed, "found": found}
+
+
+def _module_check(name: str, package: str, *, needed: bool, extra: str = "") -> dict[str, Any]:
+    from importlib import metadata
+
+    there = importlib.util.find_spec(name) is not None
+    found = f"pip install ka2ersegment[{extra}]" if extra else f"pip install {package}"
+    if there:
+        found = "version unknown"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.version(package)
+    return _check(package, ok=there, found=found, needed=needed)
+
+
+def _bundle_check() -> dict[str, Any]:
+    from KA2ERSegment.bundle import load_bundle
+
+    try:
+        bundle = load_bundle()
+    except (KA2ERError, OSError) as error:
+        return _check("shipped bundle", ok=False, found=str(error))
+    return _check("shipped bundle", ok=True, found=f"verified, {len(bundle.checksums)} files in {bundle.folder}")
+
+
+def _memory_check() -> dict[str, Any]:
+    """At least 2 GB free; machines that do not say pass."""
+    free = None
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # counts what caches can give back
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"))
+        free = int(match[1]) / 1e6 if match else free
+    disk = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    if free is None:
+        return _check("free memory", ok=True, found="unknown on this system", needed=False)
+    return _check("free memory, 2 GB", ok=free >= 2, found=f"{free:.1f} GB, and {disk:.0f} GB of temporary disk")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""`ka2ersegment demo`, what `make run` calls: a structure of a real brain MR from a box and a few clicks.
+
+The sample is the MNI152 T1 template with its white-matter label, both of which come inside the package nilearn: a
+real image (the average of 152 people), and nothing is fetched. The prompts are made from the label, as a user who
+knows anatomy would give them, so that Dice can be printed after each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import ndimage
+
+from KA2ERSegment.errors import KA2ERError
+from KA2ERSegment.evaluation import dice, drawn_box, next_click, seed_of
+from KA2ERSegment.geometry import BoolArray, Ijk
+from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt
+from KA2ERSegment.volume import Volume
+
+if TYPE_CHECKING:
+    from KA2ERSegment.session import Prediction
+
+STRUCTURE = "white matter"
+CORRECTIONS = 1
+"""Clicks in the largest error, after the box and the first point."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoStep:
+    """What one prompt brought."""
+
+    after: str
+    dice: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Steps, the files written, and the command line that does the same on one's own file."""
+
+    steps: tuple[DemoStep, ...]
+    files: tuple[Path, ...]
+    own_file_command: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "structure": STRUCTURE,
+            "steps": [asdict(step) for step in self.steps],
+            "files": [str(path) for path in self.files],
+            "own_file_command": self.own_file_command,
+        }
+
+
+def load_sample() -> tuple[Volume, BoolArray]:
+    """The MNI152 T1 at 1 mm, and its white matter as a (K, J, I) mask (largest connected part)."""
+    try:
+        from nilearn.datasets import load_mni152_template, load_mni152_wm_mask
+    except ImportError as error:
+        message = "the demo needs the package `nilearn`, which ships its sample: pip install ka2ersegment[demo]."
+        raise KA2ERError(message) from error
+    image, label = load_mni152_template(resolution=1), load_mni152_wm_mask(resolution=1)
+    array = np.asarray(image.dataobj, dtype=np.float32).T
+    parts, _ = ndimage.label(np.asarray(label.dataobj).T > 0)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return Volume(array, image.affine, "MNI152 T1"), parts == sizes.argmax()
+
+
+def run_demo(
+    output: str | os.PathLike[str], bundle: str | os.PathLike[str] | None = None, device: str = "auto"
+) -> DemoResult:
+    """Segment the sample, and write its mask (twice: NIfTI and a Slicer segmentation), image and picture.
+
+    Args:
+        output: folder, made where it is not there; the demo's own files in it are replaced.
+        bundle: folder; None: the one that is shipped.
+        device: `auto`, `cpu` or `cuda`.
+    """
+    from KA2ERSegment.bundle import load_bundle
+    from KA2ERSegment.pictures import picture_of_prediction
+    from KA2ERSegment.segmentation_files import write_segmentation
+    from KA2ERSegment.session import Session
+
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    volume, truth = load_sample()
+    session = Session(load_bundle(bundle), device=device)
+    session.set_volume(volume)
+    session.select(STRUCTURE)
+
+    rng = seed_of("demo", STRUCTURE)
+    box = drawn_box(truth, rng)
+    inside = _inside(truth)
+    prompts: list[Prompt] = []
+    steps: list[DemoStep] = []
+
+    def add(prompt: Prompt, text: str) -> Prediction:
+        begin = time.perf_counter()
+        prediction = session.add(prompt)
+        seconds = time.perf_counter() - begin
+        prompts.append(prompt)
+        steps.append(DemoStep(text, round(dice(prediction.mask, truth), 4), round(seconds, 3)))
+        return prediction
+
+    prediction = add(BoxPrompt.from_ijk(box.start, box.stop, volume), f"box {_text(box.start)} to {_text(box.stop)}")
+    prediction = add(PointPrompt.from_ijk(inside, volume), f"positive point {_text(inside)}")
+    for _ in range(CORRECTIONS):
+        click = next_click(prediction.mask, truth, rng)
+        if click is not None:
+            ijk, polarity = click
+            kind = "positive" if polarity is Polarity.POSITIVE else "negative"
+            prediction = add(PointPrompt.from_ijk(ijk, volume, polarity), f"{kind} point {_text(ijk)}")
+
+    masks = {STRUCTURE: prediction.mask}
+    files = [folder / "white_matter.nii.gz", folder / "white_matter.seg.nrrd", folder / "white_matter.png"]
+    for path in files[:2]:
+        write_segmentation(path, masks, volume, force=True)
+    picture_of_prediction(files[2], volume, prediction.mask, prompts, prediction.experts, truth)
+    i, j, k = inside
+    command = (
+        f"ka2ersegment segment YOUR_IMAGE.nii.gz --output mask.nii.gz --box {_text(box.start)},{_text(box.stop)} "
+        f"--point {i},{j},{k}"
+    )
+    return DemoResult(tuple(steps), tuple(files), command)
+
+
+def _inside(truth: BoolArray) -> Ijk:
+    """The voxel deepest inside the object, where a user would click."""
+    click = next_click(np.zeros(truth.shape, dtype=bool), truth, seed_of("demo", "inside"))
+    if click is None:
+        message = "the sample's label must not be empty."
+        raise KA2ERError(message)
+    return click[0]
+
+
+def _text(ijk: Ijk) -> str:
+    return ",".join(str(x) for x in ijk)
