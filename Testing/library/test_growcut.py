@@ -8,12 +8,11 @@ import pytest
 from KA2ERSegment.errors import PromptError, SessionStateError
 from KA2ERSegment.evaluation import dice, evaluate_object, seed_of
 from KA2ERSegment.geometry import BoolArray
+from KA2ERSegment.growcut import GrowCut
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, ScribblePrompt
 from KA2ERSegment.volume import Volume
 
 pytest.importorskip("slicer", reason="Grow from seeds needs slicer-core: pip install ka2ersegment[slicer]")
-
-from KA2ERSegment.growcut import GrowCut
 
 AFFINE = np.array([[-0.8, 0, 0, 12], [0, 0.8, 0, -30], [0, 0.3, 2.4, 7], [0, 0, 0, 1.0]])
 
