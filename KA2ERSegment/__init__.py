@@ -18,8 +18,9 @@ if TYPE_CHECKING:
         SessionStateError,
         VolumeError,
     )
+    from KA2ERSegment.prediction import Prediction
     from KA2ERSegment.prompts import BoxPrompt, LassoPrompt, MaskPrompt, PointPrompt, Polarity, ScribblePrompt
-    from KA2ERSegment.session import Prediction, Session
+    from KA2ERSegment.session import Session
     from KA2ERSegment.volume import Volume
 
 __version__ = "0.1.0"
@@ -56,8 +57,9 @@ _NAMES_OF_MODULE = {
         "SessionStateError",
         "VolumeError",
     ),
+    "prediction": ("Prediction",),
     "prompts": ("BoxPrompt", "LassoPrompt", "MaskPrompt", "PointPrompt", "Polarity", "ScribblePrompt"),
-    "session": ("Prediction", "Session"),
+    "session": ("Session",),
     "volume": ("Volume",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
