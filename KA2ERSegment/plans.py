@@ -1,0 +1,153 @@
+"""`Plans`: everything needed to rebuild a bundle's model and feed it, as plain data.
+
+JSON in, frozen dataclass out; no code, no registry. Experts carry the architecture in nnU-Net's own words
+(`network_class_name` and `arch_kwargs` as in an nnU-Net v2 `plans.json`), so that a network that nnU-Net
+planned and trained fits later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from KA2ERSegment.errors import BundleError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FoundationPlans:
+    """MONAI's SwinUNETR encoder."""
+
+    feature_size: int = 24
+    """Channels at stride 2; doubled at each further stride. A multiple of 12."""
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    """Swin blocks of each stage."""
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    """Attention heads of each stage."""
+    window: int = 4
+    """Side of an attention window in tokens. 4 divides a 64^3 patch at strides 2 to 16 without padding."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no encoder can be built from."""
+        size = self.feature_size
+        _require(_is_count(size) and size % 12 == 0, "foundation.feature_size", "a multiple of 12", size)
+        _require(_are_counts(self.depths, 4), "foundation.depths", "four whole numbers above zero", self.depths)
+        heads = self.heads
+        divide = _are_counts(heads, 4) and all(size * 2**stage % n == 0 for stage, n in enumerate(heads))
+        _require(divide, "foundation.heads", "four numbers that divide the stages' channels", heads)
+        _require(_is_count(self.window), "foundation.window", "a whole number above zero", self.window)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlans:
+    """One nnU-Net expert."""
+
+    name: str
+    """Short and unique; what users read in the overlay."""
+    task: str
+    """What it was trained for, in words."""
+    network_class_name: str = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    """As nnU-Net v2 writes it into `plans.json`."""
+    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """As nnU-Net v2 writes it; strings such as `torch.nn.Conv3d` where it names classes."""
+    classes: tuple[str, ...] = ()
+    """Names of its own classes, without background."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is of the wrong kind; whether nnU-Net's library takes `arch_kwargs` shows when it builds."""
+        plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z]\w*", self.name, re.ASCII)
+        _require(bool(plain), "expert name", "a word of letters, digits and underscores", self.name)
+        for key in ("task", "network_class_name"):
+            value = getattr(self, key)
+            _require(isinstance(value, str), f"expert {self.name!r}: {key}", "text", value)
+        kwargs = self.arch_kwargs
+        _require(isinstance(kwargs, Mapping), f"expert {self.name!r}: arch_kwargs", "a JSON object", kwargs)
+        words = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
+        _require(words, f"expert {self.name!r}: classes", "a list of names", self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The recipe of one bundle."""
+
+    patch_size: int = 64
+    """Samples along each side of the patch."""
+    margin: float = 1 / 3
+    """Patch around an object: share of its extent added on each side."""
+    zooms_mm: tuple[float, ...] = (32.0, 80.0, 200.0)
+    """Extents tried for a first click without a box, mm."""
+    foundation: FoundationPlans = field(default_factory=FoundationPlans)
+    experts: tuple[ExpertPlans, ...] = ()
+    width: int = 96
+    """Channels of the common space that all features are projected into."""
+    attention_heads: int = 4
+    decoder_channels: tuple[int, int, int] = (32, 16, 8)
+    """Mask decoder channels at strides 4, 2 and 1."""
+    stem_channels: int = 8
+    """Channels of the full-resolution stem."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no model can be built from."""
+        size, heads, width = self.patch_size, self.attention_heads, self.width
+        _require(_is_count(size) and size % 32 == 0, "patch_size", "a multiple of 32", size)
+        _require(_is_number(self.margin) and self.margin >= 0, "margin", "a number, not below zero", self.margin)
+        extents = isinstance(self.zooms_mm, tuple) and all(_is_number(mm) and mm > 0 for mm in self.zooms_mm)
+        _require(extents and len(self.zooms_mm) > 0, "zooms_mm", "extents in mm, above zero", self.zooms_mm)
+        _require(_is_count(heads), "attention_heads", "a whole number above zero", heads)
+        _require(_is_count(width) and width % (6 * heads) == 0, "width", "a multiple of 6 x attention_heads", width)
+        channels = self.decoder_channels
+        fours = _are_counts(channels, 3) and not any(n % 4 for n in channels)
+        _require(fours, "decoder_channels", "three multiples of 4", channels)
+        stem = self.stem_channels
+        _require(_is_count(stem) and stem % 4 == 0, "stem_channels", "a multiple of 4", stem)
+        names = [expert.name for expert in self.experts]
+        unique = len(set(names)) == len(names) and "foundation" not in names
+        _require(unique, "expert names", "unique and not 'foundation'", names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the format's number."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plans:
+        """Validated plans; BundleError names the field that is unknown, missing or wrong."""
+        if data.get("format") != FORMAT:
+            message = f"plans: format must be {FORMAT}, got {data.get('format')!r}. Use the version that wrote it."
+            raise BundleError(message)
+        values = {key: value for key, value in data.items() if key != "format"}
+        try:
+            values["foundation"] = FoundationPlans(**_tuples(values.get("foundation", {})))
+            values["experts"] = tuple(ExpertPlans(**_tuples(expert)) for expert in values.get("experts", ()))
+            return cls(**_tuples(values))
+        except (TypeError, AttributeError) as error:
+            message = f"plans: {error}. The bundle was written by another version or by hand."
+            raise BundleError(message) from error
+
+
+def _require(holds: bool, field_name: str, rule: str, value: object) -> None:
+    if not holds:
+        message = f"plans: {field_name} must be {rule}, got {value!r}."
+        raise BundleError(message)
+
+
+def _is_count(value: object) -> bool:
+    """A whole number above zero; JSON's true and 64.0 are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_counts(values: object, length: int) -> bool:
+    return isinstance(values, tuple) and len(values) == length and all(_is_count(value) for value in values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples: lists of a dataclass field become tuples again (arch_kwargs stay as nnU-Net writes them)."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
