@@ -1,0 +1,122 @@
+"""KA2ER's hierarchical amalgamation: foundation and expert features become one embedding.
+
+After Gao et al., "KA2ER: Knowledge Adaptive Amalgamation of Experts for Medical Images Segmentation"
+(arXiv 2410.21085). The paper's text gives the idea (joint projection, three hierarchical attentions); the
+equations are this project's own design. At strides 8 and 16:
+
+    joint projection   z = GN(W_F F) + pos + u_0,  e_k = GN(W_k E_k) + pos + u_k
+    level 1            z' = z + self-attention(LN z)                 within the foundation
+    level 2            c_k = attention(LN z' -> LN e_k)              foundation to each expert, weights shared
+    level 3            a_k = softmax_k((A LN z').(B LN c_k)/sqrt(d) + b_k), c_0 = z'     across experts, per voxel
+                       g = z' + W_o sum_k a_k c_k;  G = g + MLP(LN g)
+
+`c_0`, the "no expert" arm, makes "trust none of them" representable. Attention at stride 8 is global: a 64^3
+patch has 512 tokens there, so windows would save nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+STRIDES = (8, 16)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `queries` (B, N, C) over `context` (B, M, C)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, ignore: Tensor | None = None) -> Tensor:
+        """(B, N, C); `ignore` (B, M) bool marks context that must not be read."""
+        query, key, value = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, C/H)
+            for layer, x in ((self.query, queries), (self.key, keys), (self.value, values))
+        )
+        mask = None if ignore is None else ~ignore[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Amalgamation(nn.Module):
+    """One level of the pyramid (one stride).
+
+    Args:
+        foundation_channels: of the foundation's features at this stride.
+        expert_channels: of each expert's features at this stride.
+        width: of the common space.
+        heads: attention heads.
+    """
+
+    def __init__(self, foundation_channels: int, expert_channels: list[int], width: int, heads: int) -> None:
+        super().__init__()
+        self.width = width
+        self.project_foundation = _projection(foundation_channels, width)
+        self.project_experts = nn.ModuleList(_projection(channels, width) for channels in expert_channels)
+        self.codes = nn.Parameter(torch.randn(len(expert_channels) + 1, width) * 0.02)
+        self.norm_self, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm_query, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads)
+        self.norm_a, self.norm_b = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.a, self.b = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.bias = nn.Parameter(torch.zeros(len(expert_channels) + 1))
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, foundation: Tensor, experts: list[Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
+        """The amalgamated embedding and each arm's share.
+
+        Args:
+            foundation: (B, C_F, n, n, n).
+            experts: for each expert (B, C_k, n, n, n).
+            present: (B, K+1) bool, which arms may be used; arm 0 is "no expert". At least one per case.
+
+        Returns:
+            embedding: (B, width, n, n, n).
+            weights: (B, K+1, n, n, n), summing to 1 over the arms.
+        """
+        grid = foundation.shape[2:]
+        position = sine_position(grid, self.width, foundation.device)
+        z = self.project_foundation(foundation).flatten(2).transpose(1, 2) + position + self.codes[0]  # (B, N, C)
+        normed = self.norm_self(z)
+        z = z + self.self_attention(normed, normed, normed)
+        arms = [z]
+        query = self.norm_query(z)
+        for project, features, code in zip(self.project_experts, experts, self.codes[1:], strict=True):
+            context = self.norm_context(project(features).flatten(2).transpose(1, 2) + position + code)
+            arms.append(self.cross_attention(query, context, context))
+        candidates = torch.stack(arms, dim=1)  # (B, K+1, N, C)
+        scores = (self.a(self.norm_a(z))[:, None] * self.b(self.norm_b(candidates))).sum(-1) / math.sqrt(self.width)
+        scores = (scores + self.bias[:, None]).masked_fill(~present[:, :, None], float("-inf"))
+        weights = scores.softmax(dim=1)  # (B, K+1, N)
+        g = z + self.out((weights[..., None] * candidates).sum(1))
+        g = g + self.mlp(self.norm_mlp(g))
+        return g.transpose(1, 2).unflatten(2, grid), weights.unflatten(2, grid)
+
+
+def sine_position(grid: torch.Size, width: int, device: torch.device) -> Tensor:
+    """Sine position code of a 3D grid, (N, width); coordinates run from 0 to 1 along each axis."""
+    axes = [torch.linspace(0, 1, n, device=device) for n in grid]
+    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)  # (N, 3)
+    return sine_code(coordinates, width)
+
+
+def sine_code(coordinates: Tensor, width: int) -> Tensor:
+    """Sine code of points (..., 3) in 0..1, KJI order: (..., width); `width` is a multiple of 6."""
+    frequencies = 2.0 ** torch.arange(width // 6, device=coordinates.device) / 2 ** (width // 6 - 6) * math.pi
+    angles = coordinates[..., None] * frequencies  # (..., 3, width/6)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def _projection(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(channels, width, 1), nn.GroupNorm(1, width))

@@ -1,0 +1,122 @@
+"""Embedding and prompts to a mask at the patch's full resolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from KA2ERSegment.amalgamation import Attention, sine_position
+from KA2ERSegment.prompt_encoder import MAPS, PRIOR
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the decoder returns.
+
+    Args:
+        logits: (B, S, S, S) float32.
+        quality: (B,) float32 in 0..1, the Dice that the mask is expected to have.
+    """
+
+    logits: Tensor
+    quality: Tensor
+
+
+class TwoWayBlock(nn.Module):
+    """Tokens attend to themselves and to the image, the image attends back (SAM's two-way transformer block)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_attention, self.norm1 = Attention(width, heads), nn.LayerNorm(width)
+        self.to_image, self.norm2 = Attention(width, heads), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.norm3 = nn.LayerNorm(width)
+        self.to_tokens, self.norm4 = Attention(width, heads), nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, image: Tensor, position: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, C) tokens and (B, M, C) image, both updated; `ignore` (B, N) marks padding tokens."""
+        tokens = self.norm1(tokens + self.self_attention(tokens, tokens, tokens, ignore))
+        tokens = self.norm2(tokens + self.to_image(tokens, image + position, image))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        image = self.norm4(image + self.to_tokens(image + position, tokens, tokens, ignore))
+        return tokens, image
+
+
+class MaskDecoder(nn.Module):
+    """Two-way transformer at stride 8, then up to stride 1 with skips from the foundation and the prompt maps.
+
+    The logits start from the geodesic prior: at initialisation the answer is that of Grow from seeds, and training
+    moves it from there.
+
+    Args:
+        width: of the embedding.
+        heads: of its attention.
+        skips: channels of the foundation's features at strides 4 and 2, and of the stem.
+        channels: of the decoder at strides 4, 2 and 1.
+    """
+
+    def __init__(self, width: int, heads: int, skips: tuple[int, int, int], channels: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.own_tokens = nn.Parameter(torch.randn(2, width) * 0.02)  # mask, quality
+        self.embed_maps = nn.Conv3d(MAPS, width, 1)
+        self.blocks = nn.ModuleList(TwoWayBlock(width, heads) for _ in range(2))
+        before = (width, *channels[:2])
+        self.narrow = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in zip(before, channels, strict=True))
+        self.fuse = nn.ModuleList(_fusion(own + skip + MAPS, own) for own, skip in zip(channels, skips, strict=True))
+        self.token_to_filter = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, channels[2]))
+        self.bias = nn.Linear(width, 1)
+        self.quality = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        self.prior_gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(
+        self, embedding: Tensor, skips: tuple[Tensor, Tensor, Tensor], tokens: Tensor, ignore: Tensor, maps: Tensor
+    ) -> Decoded:
+        """Decode one object per case.
+
+        Args:
+            embedding: (B, width, S/8, ...).
+            skips: foundation features at strides 4 and 2 and stem features at stride 1.
+            tokens: (B, N, width) from the prompt encoder.
+            ignore: (B, N) bool, padding among them.
+            maps: (B, MAPS, S, S, S).
+        """
+        pyramid = {1: maps}
+        for stride in (2, 4, 8):
+            pyramid[stride] = _pool(pyramid[stride // 2])
+        grid = embedding.shape[2:]
+        image = (embedding + self.embed_maps(pyramid[8])).flatten(2).transpose(1, 2)  # (B, M, C)
+        position = sine_position(grid, embedding.shape[1], embedding.device)
+        own = self.own_tokens.expand(len(tokens), -1, -1)
+        tokens = torch.cat([own, tokens], dim=1)
+        ignore = torch.cat([torch.zeros_like(ignore[:, :1]).expand(-1, 2), ignore], dim=1)
+        for block in self.blocks:
+            tokens, image = block(tokens, image, position, ignore)
+        x = image.transpose(1, 2).unflatten(2, grid)
+        for stride, narrow, fuse, skip in zip((4, 2, 1), self.narrow, self.fuse, skips, strict=True):
+            x = F.interpolate(narrow(x), scale_factor=2, mode="trilinear", align_corners=False)
+            x = fuse(torch.cat([x, skip, pyramid[stride].to(x.dtype)], dim=1))
+        mask_token = tokens[:, 0]
+        logits = torch.einsum("bc,bckji->bkji", self.token_to_filter(mask_token), x) / x.shape[1] ** 0.5
+        logits = logits + self.bias(mask_token)[:, :, None, None] + self.prior_gain * maps[:, PRIOR]
+        return Decoded(logits.float(), self.quality(tokens[:, 1])[:, 0].float().sigmoid())
+
+
+def _pool(maps: Tensor) -> Tensor:
+    """Half the resolution: seeds and boxes keep their largest value, the other maps their mean."""
+    largest = F.max_pool3d(maps[:, :3], 2)
+    return torch.cat([largest, F.avg_pool3d(maps[:, 3:], 2)], dim=1)
+
+
+def _fusion(channels_in: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(channels_in, channels, 3, padding=1),
+        nn.GroupNorm(4, channels),
+        nn.LeakyReLU(0.01, inplace=True),
+        nn.Conv3d(channels, channels, 3, padding=1),
+        nn.GroupNorm(4, channels),
+        nn.LeakyReLU(0.01, inplace=True),
+    )
