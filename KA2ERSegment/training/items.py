@@ -1,0 +1,136 @@
+"""Training items: canonical label maps, with their image where there is one, packed into one folder.
+
+`pack` writes one `.npz` per item of split `train`; training does it where its cache is missing. Nothing of split `val`
+is ever packed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from KA2ERSegment.errors import VolumeError
+from KA2ERSegment.geometry import Box
+from KA2ERSegment.volume import Volume
+
+MIN_VOXELS = 12
+"""Labels with fewer voxels are left out as targets."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingItem:
+    """One subject.
+
+    Args:
+        name: id in the manifest.
+        source: repository it came from; sources are drawn evenly.
+        labels: (K, J, I) uint16, canonical axes.
+        images: for each channel (K, J, I) int16; empty for a label map without image.
+        spacing: mm (I, J, K).
+        names: name of each label value.
+        boxes: for each label with enough voxels, the box around it.
+        licence: as in the manifest.
+        modality: as in the manifest.
+        region: body region, as in the manifest.
+    """
+
+    name: str
+    source: str
+    labels: npt.NDArray[np.uint16]
+    images: tuple[npt.NDArray[np.int16], ...]
+    spacing: tuple[float, float, float]
+    names: dict[int, str]
+    boxes: dict[int, Box]
+    licence: str
+    modality: str
+    region: str
+
+    @classmethod
+    def load(cls, path: Path) -> TrainingItem:
+        """Read one packed item."""
+        with np.load(path, allow_pickle=False) as stored:
+            about: dict[str, Any] = json.loads(str(stored["about"]))
+            labels = stored["labels"]
+            images = tuple(stored[f"image{n}"] for n in range(about["channels"]))
+        counts = np.bincount(labels.ravel())
+        boxes = {}
+        for value, slices in enumerate(ndimage.find_objects(labels), start=1):
+            if slices is not None and counts[value] >= MIN_VOXELS:
+                k, j, i = slices
+                boxes[value] = Box((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
+        names = {int(value): name for value, name in about["names"].items()}
+        return cls(
+            about["id"], about["source"], labels, images, tuple(about["spacing"]), names, boxes,
+            about["licence"], about["modality"], about["region"],
+        )  # fmt: skip
+
+
+def pack(manifests: list[Path], output: Path, share_alike: bool) -> list[str]:
+    """Pack the `train` items of the manifests; all of them appear in `output`, or none.
+
+    Args:
+        manifests: `manifest.csv` files, in the layout of their folder's README.
+        output: folder to write into.
+        share_alike: also take items under a share-alike licence; weights trained on them may inherit it.
+
+    Returns:
+        The ids that were packed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".packing-", dir=output))  # a cache that was cut short would pass for whole
+    packed = []
+    try:
+        for manifest in manifests:
+            with manifest.open(newline="", encoding="utf-8") as lines:
+                rows = [row for row in csv.DictReader(lines) if row["split"] == "train"]
+            for row in rows:
+                if row["share_alike"] == "yes" and not share_alike:
+                    continue
+                _pack_item(row, manifest.parent, scratch)
+                packed.append(row["id"])
+        for path in sorted(scratch.iterdir()):
+            path.replace(output / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not packed:
+        message = f"no item of split 'train' in {[str(m) for m in manifests]} (share_alike={share_alike})."
+        raise VolumeError(message)
+    return packed
+
+
+def _pack_item(row: dict[str, str], folder: Path, output: Path) -> None:
+    label = Volume.read(folder / row["label"]).canonical()
+    images = [Volume.read(folder / name).canonical() for name in row["images"].split(";") if name]
+    for image in images:
+        if not label.same_grid(image.shape_kji, image.ijk_to_ras):
+            message = f"item {row['id']!r}: image and label map must lie on one grid, got {image} and {label}."
+            raise VolumeError(message)
+        values = image.array_kji
+        if values.min() < -32768 or values.max() > 32767 or (values != values.astype(np.int16)).any():
+            message = f"item {row['id']!r}: images must hold whole numbers that fit int16, got {values.dtype} values."
+            raise VolumeError(message)
+    names = json.loads((folder / row["labels_json"]).read_text(encoding="utf-8")) if row["labels_json"] else {}
+    about = {
+        "id": row["id"],
+        "source": row["source_repo"],
+        "spacing": label.spacing,
+        "names": names,
+        "channels": len(images),
+        "licence": row["licence"],
+        "modality": row["modality"],
+        "region": row["body_region"],
+    }
+    arrays: dict[str, Any] = {
+        f"image{n}": np.ascontiguousarray(image.array_kji, dtype=np.int16) for n, image in enumerate(images)
+    }
+    arrays["labels"] = np.ascontiguousarray(label.array_kji, dtype=np.uint16)
+    np.savez_compressed(output / f"{row['id']}.npz", about=json.dumps(about), **arrays)

@@ -1,0 +1,59 @@
+"""Losses of the training stages."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice of the probability, (B,); 1 is perfect."""
+    probability, truth = logits.float().sigmoid().flatten(1), target.float().flatten(1)
+    overlap = (probability * truth).sum(1)
+    return (2 * overlap + 1) / (probability.sum(1) + truth.sum(1) + 1)
+
+
+def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice and cross-entropy, (B,), for masks (B, S, S, S); as nnU-Net weighs them, one to one.
+
+    Cross-entropy counts object and background alike, whatever their share of the patch.
+    """
+    truth = target.float()
+    entropy = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none").flatten(1)
+    inside = truth.flatten(1)
+    balanced = 0.5 * (entropy * inside).sum(1) / inside.sum(1).clamp_min(1)
+    balanced = balanced + 0.5 * (entropy * (1 - inside)).sum(1) / (1 - inside).sum(1).clamp_min(1)
+    return 1 - soft_dice(logits, target) + 0.5 * entropy.mean(1) + 0.5 * balanced
+
+
+def quality_loss(quality: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """How far the expected Dice (B,) is from the mask's Dice; (B,)."""
+    mask, truth = (logits > 0).flatten(1).float(), target.flatten(1).float()
+    dice = 2 * (mask * truth).sum(1) / (mask.sum(1) + truth.sum(1)).clamp_min(1)
+    return (quality.float() - dice.detach()).abs()
+
+
+def multi_class_loss(logits: Tensor, classes: Tensor, ignore: int) -> Tensor:
+    """Cross-entropy plus soft Dice over the classes that occur; logits (B, C, S, S, S), classes (B, S, S, S)."""
+    known = (classes != ignore)[:, None]
+    if not bool(known.any()):  # cross-entropy over nothing is NaN
+        return logits.float().sum() * 0
+    entropy = F.cross_entropy(logits.float(), classes, ignore_index=ignore)
+    probability = logits.float().softmax(1) * known
+    truth = F.one_hot(classes.clamp_max(logits.shape[1] - 1), logits.shape[1]).movedim(-1, 1) * known
+    overlap = (probability * truth).sum((0, 2, 3, 4))
+    total = (probability + truth).sum((0, 2, 3, 4))
+    occurs = truth.sum((0, 2, 3, 4)) > 0
+    occurs[0] = False
+    dice = ((2 * overlap + 1) / (total + 1))[occurs]
+    return entropy + (1 - dice.mean() if len(dice) else torch.zeros((), device=logits.device))
+
+
+def routing_loss(weights: Tensor, task: Tensor) -> Tensor:
+    """Cross-entropy between the arms' mean share (B, K+1) and the case's own expert (0: none known, no loss)."""
+    share = weights.float().flatten(2).mean(2).clamp_min(1e-6).log()
+    known = task > 0
+    if not bool(known.any()):
+        return share.sum() * 0
+    return F.nll_loss(share[known], task[known])

@@ -1,0 +1,178 @@
+"""The training stages as Lightning modules: one expert, then the promptable model around all of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, TypeVar, cast
+
+import lightning
+import torch
+from torch import Tensor
+
+from KA2ERSegment.build import build_model, load_tensors, tensors_by_name
+from KA2ERSegment.encoders.expert import Expert, build_network
+from KA2ERSegment.plans import ExpertPlans, Plans
+from KA2ERSegment.preprocessing import normalise
+from KA2ERSegment.training import losses, synthesis
+from KA2ERSegment.training.sampling import IGNORE
+from KA2ERSegment.training.simulation import first_prompts, next_prompts
+
+Network = TypeVar("Network", bound=torch.nn.Module)
+
+
+class Stage(lightning.LightningModule):
+    """What all stages share: the device's random state, the images, and a schedule that ends on time.
+
+    Args:
+        steps: at most.
+        minutes: at most; the learning rate falls to zero by whichever comes first.
+        learning_rate: at its peak.
+        seed: of the random state on the device.
+    """
+
+    minutes_before: Tensor
+
+    def __init__(self, steps: int, minutes: float, learning_rate: float, seed: int) -> None:
+        super().__init__()
+        self.steps, self.minutes, self.learning_rate, self.seed = steps, minutes, learning_rate, seed
+        self.register_buffer("minutes_before", torch.zeros((), dtype=torch.float64))
+        self._started = time.monotonic()
+        self._generator: torch.Generator | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Random state on the device, one per rank."""
+        if self._generator is None:
+            self._generator = torch.Generator(self.device)
+            self._generator.manual_seed(self.seed + 1000 * self.global_rank + self.global_step)
+        return self._generator
+
+    @property
+    def minutes_spent(self) -> float:
+        """Time of training, resumed runs included."""
+        return float(self.minutes_before) + (time.monotonic() - self._started) / 60
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, 0..1."""
+        return min(1.0, max(self.global_step / self.steps, self.minutes_spent / self.minutes))
+
+    def images(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, 2, S, S, S), normalised: real images disturbed, the others made from their labels."""
+        made = synthesis.make_image(batch["labels"], batch["target"], self.generator)
+        image = torch.where(batch["real"][:, None, None, None], batch["image"], made)
+        return normalise(synthesis.disturb(image, self.generator), batch["inside"])
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Set the learning rate, or stop when the budget is spent."""
+        progress = self.progress
+        if self.trainer.world_size > 1:  # all ranks must stop at the same step
+            progress = float(self.trainer.strategy.reduce(torch.tensor(progress, device=self.device), reduce_op="mean"))
+        if progress >= 1.0:
+            self.trainer.should_stop = True
+            return -1
+        warm = min(1.0, (self.global_step + 1) / 40)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        return None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the time spent, so that a resumed run ends on time too."""
+        checkpoint["state_dict"]["minutes_before"] = torch.tensor(self.minutes_spent, dtype=torch.float64)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW on what is not frozen."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4)
+
+
+class ExpertStage(Stage):
+    """A whole nnU-Net, trained on its own task with Dice and cross-entropy; its encoder becomes the expert."""
+
+    def __init__(self, plans: ExpertPlans, steps: int, minutes: float, learning_rate: float, seed: int) -> None:
+        super().__init__(steps, minutes, learning_rate, seed)
+        self.network = _channels_last(build_network(plans, deep_supervision=False))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One step."""
+        loss = losses.multi_class_loss(self.network(self.images(batch)[:, :1]), batch["classes"], IGNORE)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """What the bundle keeps: the encoder."""
+        return tensors_by_name(cast("torch.nn.Module", self.network.encoder))
+
+
+class PromptableStage(Stage):
+    """Foundation, amalgamation, prompt encoder and mask decoder around frozen experts.
+
+    Args:
+        plans: of the model.
+        experts: encoder weights by expert name; frozen.
+        steps: at most.
+        minutes: at most.
+        learning_rate: at its peak.
+        seed: of the random state.
+        clicks: decoder passes after the first.
+    """
+
+    def __init__(
+        self,
+        plans: Plans,
+        experts: dict[str, dict[str, Tensor]],
+        steps: int,
+        minutes: float,
+        learning_rate: float,
+        seed: int,
+        clicks: int = 2,
+    ) -> None:
+        super().__init__(steps, minutes, learning_rate, seed)
+        self.model = build_model(plans)
+        for name, weights in experts.items():
+            load_tensors(cast("Expert", self.model.experts[name]).encoder, weights)
+        self.model = _channels_last(self.model)
+        self.clicks = clicks
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """First prompt, then clicks in the error; the patch is encoded once, as in use."""
+        self.model.experts.eval()
+        image, target = self.images(batch), batch["target"]
+        features = self.model.encode(image, self._arms(len(image)))
+        prompts = first_prompts(target, batch["box"], batch["outside"], self.generator)
+        total = torch.zeros((), device=self.device)
+        for click in range(self.clicks + 1):
+            decoded = self.model.decode(features, prompts)
+            loss = losses.mask_loss(decoded.logits, target)
+            loss = loss + 0.2 * losses.quality_loss(decoded.quality, decoded.logits, target)
+            total = total + loss.mean() / (self.clicks + 1)
+            self.log(f"dice{click}", losses.soft_dice(decoded.logits, target).mean().detach(), prog_bar=True)
+            if click < self.clicks:
+                prompts = next_prompts(prompts, decoded.logits, target, self.generator)
+        route = losses.routing_loss(features.weights, batch["task"] * features.present.all(1))
+        self.log("route", route.detach())
+        if self.progress < 1 / 3:  # later the voxel routing may depart from the task's identity
+            total = total + 0.05 * route
+        self.log("loss", total.detach(), prog_bar=True)
+        return total + 0.0 * route
+
+    def _arms(self, batch: int) -> Tensor:
+        """Which arms each case may use: expert dropout, so that one set of weights serves with all, some or none."""
+        count = len(self.model.arms)
+        draw = torch.rand(batch, count + 1, device=self.device, generator=self.generator)
+        present = draw[:, :count] < 0.75
+        present = torch.where(draw[:, count:] < 0.4, torch.ones_like(present), present)
+        nothing = ~present.any(1, keepdim=True)
+        first = torch.zeros_like(present)
+        first[:, 0] = True
+        return present | (nothing & first)
+
+
+def _channels_last(module: Network) -> Network:
+    """The memory order that 3D convolutions are fastest in, on CPU and GPU; torch's own stubs do not know it."""
+    return cast("Network", cast("Any", module).to(memory_format=torch.channels_last_3d))
