@@ -70,7 +70,7 @@ class MaskDecoder(nn.Module):
         self.token_to_filter = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, channels[2]))
         self.bias = nn.Linear(width, 1)
         self.quality = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-        self.prior_gain = nn.Parameter(torch.tensor(2.0))
+        self.prior_gain = nn.Parameter(torch.tensor(5.0))
 
     def forward(
         self, embedding: Tensor, skips: tuple[Tensor, Tensor, Tensor], tokens: Tensor, ignore: Tensor, maps: Tensor

@@ -115,13 +115,11 @@ def edge_costs(image: Tensor) -> Tensor:
 def geodesic_prior(edges: Tensor, prompts: PatchPrompts) -> Tensor:
     """(d_negative - d_positive) / (d_negative + d_positive), -1..1, (B, S, S, S).
 
-    Without a positive seed the core of the box stands in; samples outside the box and, later, the patch's border
-    count as background.
+    The core of the box counts as foreground, samples outside the box and, later, the patch's border as
+    background; all three weaker than a real seed.
     """
     far = torch.full_like(prompts.previous, 1e3)
-    positive = far.masked_fill(prompts.positive, 0.0)
-    has_seed = prompts.positive.flatten(1).any(1)[:, None, None, None]
-    positive = torch.where(~has_seed & _core(prompts.box), CORE_START, positive)
+    positive = torch.where(_core(prompts.box), CORE_START, far).masked_fill(prompts.positive, 0.0)
     border = torch.ones_like(prompts.box)
     border[:, 1:-1, 1:-1, 1:-1] = False
     negative = torch.where(border, BORDER_START, far)
