@@ -92,7 +92,7 @@ class MaskDecoder(nn.Module):
         position = sine_position(grid, embedding.shape[1], embedding.device)
         own = self.own_tokens.expand(len(tokens), -1, -1)
         tokens = torch.cat([own, tokens], dim=1)
-        ignore = torch.cat([torch.zeros_like(ignore[:, :1]).expand(-1, 2), ignore], dim=1)
+        ignore = torch.cat([ignore.new_zeros(len(ignore), 2), ignore], dim=1)
         for block in self.blocks:
             tokens, image = block(tokens, image, position, ignore)
         x = image.transpose(1, 2).unflatten(2, grid)

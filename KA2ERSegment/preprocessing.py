@@ -175,10 +175,9 @@ def normalise(image: Tensor, inside: Tensor) -> Tensor:
         low, high = levels[0], levels[-1]
         clipped = values.clamp(low, high)
         known = known.clamp(low, high)
-        zscore = (clipped - known.mean()) / known.std().clamp_min(1e-6)
-        if not bool(
-            low < high
-        ):  # one grey value, or one sample (its deviation is NaN): rounding must not look like tissue
+        if bool(low < high):
+            zscore = (clipped - known.mean()) / known.std().clamp_min(1e-6)
+        else:  # one grey value, or one sample: over a deviation of zero, rounding would look like tissue
             zscore = torch.zeros_like(values)
         rank = torch.searchsorted(levels, clipped.contiguous()).float() / len(levels) - 0.5
         channels.append(torch.stack([zscore, rank]) * valid)
