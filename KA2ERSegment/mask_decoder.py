@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from KA2ERSegment.amalgamation import Attention, sine_position
+from KA2ERSegment.attention import Attention, sine_position
 from KA2ERSegment.prompt_encoder import MAPS, PRIOR
 
 

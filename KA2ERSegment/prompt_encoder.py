@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from KA2ERSegment.amalgamation import sine_code
+from KA2ERSegment.attention import sine_code
 
 NOT_A_POINT, NEGATIVE, POSITIVE, BOX_START, BOX_STOP = -1, 0, 1, 2, 3
 MAPS = 8
