@@ -309,7 +309,7 @@ def _box_maps(
         start, stop = hand_drawn(around, rng)
         start[flat], stop[flat] = section, section + max(1, round(1 / patch.step[flat]))
     for axis in range(3):
-        at = np.arange(size)
+        at = np.arange(size) + 0.5  # sample centres, counted in faces as start and stop are
         within = (at >= start[axis] - 1e-6) & (at < stop[axis] - 1e-6)
         within = within.reshape([-1 if a == 2 - axis else 1 for a in range(3)])
         box = box & within

@@ -1,0 +1,207 @@
+"""The training command on a manifest of two items: all stages, a bundle, an interruption, a resumed run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+import typer
+from click.testing import Result
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from KA2ERSegment.build import build_model
+from KA2ERSegment.bundle import load_bundle
+from KA2ERSegment.testing import tiny_plans
+from KA2ERSegment.training import __main__ as command
+from KA2ERSegment.training.stages import ExpertStage
+
+CLASSES = {"bright": "liver", "dark": "spleen"}
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    stage = {"steps": 2, "minutes": 5, "learning_rate": 1e-3, "seed": 1, "batch": 1}
+    return {
+        "manifests": ["permissive/manifest.csv"],
+        "share_alike": False,
+        "plans": tiny_plans().to_json(),
+        "tasks": {name: {"items": "^one", "classes": CLASSES} for name in ("tiny_trunk", "tiny_brain")},
+        "expert": stage,
+        "promptable": stage | {"clicks": 1},
+        "sampling": {},
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def a_workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, one item of split `train` and one of `val`, and a cache that the first run fills."""
+    folder = tmp_path_factory.mktemp("training")
+    data = folder / "data" / "permissive"
+    data.mkdir(parents=True)
+    labels = np.zeros((40, 36, 32), dtype=np.uint16)
+    labels[6:22, 5:20, 4:18] = 1
+    labels[24:36, 20:33, 12:28] = 2
+    image = (labels * 400 - 300 + np.random.default_rng(0).normal(0, 30, labels.shape)).astype(np.int16)
+    for name, array in (("lbl", labels), ("img", image)):
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 1.2, 2.0, 1.0])), data / f"{name}.nii.gz")
+    (data / "names.json").write_text(json.dumps({"1": "liver", "2": "spleen"}))
+    common = {"modality": "CT", "body_region": "abdomen", "label": "lbl.nii.gz", "images": "img.nii.gz"}
+    common |= {"labels_json": "names.json", "source_repo": "a/repo", "licence": "CC0", "share_alike": "no"}
+    with (data / "manifest.csv").open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, ["id", "split", *common])
+        writer.writeheader()
+        writer.writerows([{"id": "one", "split": "train", **common}, {"id": "two", "split": "val", **common}])
+    return folder
+
+
+def run(workplace: Path, output: Path, *options: str, config: dict[str, Any] | None = None) -> Result:
+    path = workplace / f"{output.name}.json"
+    path.write_text(json.dumps(config or settings()))
+    app = typer.Typer()
+    app.command()(command.train)
+    fixed = ["--config", path, "--output", output, "--data", workplace / "data", "--cache", workplace / "cache"]
+    return CliRunner().invoke(app, [*map(str, fixed), "--device", "cpu", *options])
+
+
+@pytest.fixture(scope="module")
+def a_finished_run(a_workplace: Path) -> Path:
+    result = run(a_workplace, a_workplace / "finished")
+    assert result.exit_code == 0, result.output
+    return a_workplace / "finished"
+
+
+def steps_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=False)["global_step"])
+
+
+def test_a_run_leaves_a_bundle_that_loads_builds_and_answers(a_finished_run: Path) -> None:
+    bundle = load_bundle(a_finished_run / "bundle")
+    model = build_model(bundle.plans, bundle.weights())
+    with torch.no_grad():
+        features = model.encode(torch.randn(1, 2, 32, 32, 32))
+
+    assert bundle.plans == tiny_plans()
+    assert features.embedding.isfinite().all()
+    card = (a_finished_run / "bundle" / "model_card.md").read_text()
+    assert "| a/repo | CC0 | image | 1 |" in card
+    assert "2 steps of 1 patches" in card
+    assert "nothing share-alike" in card
+
+
+def test_experts_are_trained_and_then_frozen(a_finished_run: Path) -> None:
+    """What the bundle holds is, to the last bit, what the expert's own stage left."""
+    weights = load_bundle(a_finished_run / "bundle").weights()
+    torch.manual_seed(0)
+    for name in ("tiny_trunk", "tiny_brain"):
+        trained = load_file(a_finished_run / f"{name}.safetensors")
+        assert len(trained) > 10
+        for key, tensor in trained.items():
+            assert torch.equal(weights[f"experts.{name}.encoder.{key}"], tensor.half().float()), key
+
+
+def test_every_stage_leaves_a_checkpoint_and_a_log(a_finished_run: Path) -> None:
+    for stage in ("tiny_trunk", "tiny_brain", "promptable"):
+        assert steps_of(a_finished_run / stage / "last.ckpt") == 2
+        assert list((a_finished_run / stage).glob("events.out.tfevents.*"))
+
+
+def test_only_the_train_split_is_in_the_cache(a_workplace: Path, a_finished_run: Path) -> None:
+    assert [path.name for path in (a_workplace / "cache").iterdir()] == ["one.npz"]
+
+
+def test_a_run_with_share_alike_data_says_so(a_workplace: Path, a_finished_run: Path) -> None:
+    """Experts are taken over; only the last stage runs again, from its checkpoint, and is done at once."""
+    before = {path: path.stat().st_mtime_ns for path in a_finished_run.glob("*.safetensors")}
+    result = run(a_workplace, a_finished_run, "--resume", config=settings(share_alike=True))
+
+    assert result.exit_code == 0, result.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    card = (a_finished_run / "bundle" / "model_card.md").read_text()
+    assert "nothing share-alike" not in card
+    assert "not to be shipped" in card
+
+
+@pytest.fixture
+def keep_sigint() -> Any:
+    """Lightning switches Ctrl-C off when it shuts down."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("keep_sigint")
+@pytest.mark.parametrize("interruption", [RuntimeError("power cut"), KeyboardInterrupt()], ids=["crash", "ctrl-c"])
+def test_an_interrupted_stage_goes_on_where_it_was_and_within_its_budget(
+    a_workplace: Path,
+    a_finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interruption: BaseException,
+) -> None:
+    output, calls, stop_at = tmp_path / "run", [], 2
+    checkpoint = output / "tiny_trunk" / "last.ckpt"
+    training_step = ExpertStage.training_step
+
+    def counted(self: ExpertStage, batch: Any, batch_idx: int) -> Any:
+        calls.append(self.global_step)
+        if len(calls) > stop_at:
+            raise interruption
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ExpertStage, "training_step", counted)
+    monkeypatch.setattr(
+        command, "ModelCheckpoint", lambda **given: ModelCheckpoint(**given | {"every_n_train_steps": 1})
+    )
+    go = partial(run, a_workplace, output, "--stage", "tiny_trunk")
+    config = settings(expert=settings()["expert"] | {"steps": 5})
+
+    assert go(config=config).exit_code != 0
+    assert steps_of(checkpoint) == 2
+    assert not (output / "tiny_trunk.safetensors").exists(), "an interrupted stage is not done"
+    spent = float(torch.load(checkpoint, weights_only=False)["state_dict"]["minutes_before"])
+    assert spent > 0
+
+    calls.clear()
+    assert go("--resume", config=config).exit_code != 0
+    assert calls == [2, 3, 4], "two more steps, then the next interruption"
+    assert steps_of(checkpoint) == 4
+    saved = torch.load(checkpoint, weights_only=False)
+    assert float(saved["state_dict"]["minutes_before"]) > spent
+
+    saved["state_dict"]["minutes_before"] += 100  # as after a long evening: the budget of five minutes is spent
+    torch.save(saved, checkpoint)
+    calls.clear()
+    assert go("--resume", config=config).exit_code == 0
+    assert calls == []
+    assert (output / "tiny_trunk.safetensors").exists()
+    assert [path.name for path in checkpoint.parent.glob("*.ckpt")] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--stage", "liver"], "stage must be one of"), (["--device", "tpu"], "device must be one of")],
+)
+def test_a_wrong_option_is_refused(a_workplace: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    result = run(a_workplace, tmp_path / "run", *options)
+
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_must_have_the_classes_of_its_expert(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
+    tasks = settings()["tasks"] | {"tiny_brain": {"items": ".", "classes": {"bright": "liver"}}}
+    result = run(a_workplace, tmp_path / "run", config=settings(tasks=tasks))
+
+    assert result.exit_code == 2
+    assert "task 'tiny_brain' must have the classes of its expert" in " ".join(result.output.replace("│", " ").split())
