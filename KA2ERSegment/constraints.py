@@ -1,8 +1,15 @@
-"""Promises that no network keeps by itself: clicks are honoured, specks removed, edits stay where they were asked for."""
+"""Promises that no network keeps by itself: clicks are honoured, specks removed, edits stay where they are asked for.
+
+What `honour` promises, whatever the logits are: each positive click lies in the mask and each negative one does not.
+Near a click (`click_reach`) no component of the mask has fewer than SPECK voxels, unless it holds a positive click,
+and no hole has, unless it holds a negative click or voxels that are not to be had. The part that holds a click is
+itself no speck, unless clicks of the other sign crowd it. Components and holes are 6-connected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +23,12 @@ FloatImage = npt.NDArray[np.float32]
 MARGIN = 0.5
 """Logit that a click is raised to, at least."""
 RADIUS = 1.5
-"""Reach of a click that the network did not follow, in samples of the patch (and in voxels at least)."""
+"""Of the ball that a click gives or takes where the network does not follow it, in samples of the patch and at least
+in voxels: 19 of them."""
+REACH = 3.0
+"""Radii beyond which a click bends nothing."""
 SPECK = 8
-"""Voxels under which a lone component near a click is a speck."""
+"""Voxels under which a component near a click is a speck."""
 EVERYWHERE = np.ones((3, 3, 3), dtype=bool)
 
 
@@ -65,65 +75,157 @@ def remove_islands(logits: FloatImage, positive: BoolArray, share: float = 0.02)
     return np.where(drop[components], np.minimum(-logits, -0.1), logits).astype(np.float32)
 
 
-def honour(logits: FloatImage, box: Box, patch: Patch, clicks: Sequence[tuple[Ijk, int]]) -> BoolArray:
-    """The mask of a crop, with every positive click inside and every negative one outside, without specks.
+def honour(
+    logits: FloatImage,
+    box: Box,
+    patch: Patch,
+    clicks: Sequence[tuple[Ijk, int]],
+    blocked: BoolArray | None = None,
+) -> BoolArray:
+    """The mask of a crop with every positive click inside and every negative one outside, without specks near them.
 
-    A click that the network did not follow bends the logits around it, over about one and a half samples of the
-    patch, so that the mask gains or loses a small ball and never a single voxel.
+    A click that the network did not follow bends the logits around it, so that the mask gains or loses a small ball
+    and never a single voxel. Between clicks of both signs, each has its say over the voxels nearer to it.
 
     Args:
         logits: (K, J, I) float32 on the box's voxels; changed in place.
-        box: of the crop, on the canonical volume.
+        box: of the crop, on the canonical volume; outside it the mask is empty.
         patch: the logits came from; its step sets the balls' size.
-        clicks: voxel and sign (+1 or -1), oldest first; no voxel with both signs.
+        clicks: voxel and sign (+1 or -1), oldest first; no voxel with both signs. Those outside the box do not count.
+        blocked: (K, J, I), voxels that belong to somebody else for good; no positive click lies on one.
+
+    Returns:
+        (K, J, I) bool.
     """
-    scale = np.maximum(np.asarray(patch.step) * RADIUS, RADIUS)
-    inside = [(ijk, sign) for ijk, sign in clicks if box.contains(ijk)]
-    for shrink in (1.0, 0.5, 0.25):
-        for ijk, sign in inside:
-            _bend(logits, box, ijk, sign, scale * shrink)
-        if all(sign * _at(logits, box, ijk) > 0 for ijk, sign in inside):
-            break
-    else:  # clicks of both signs side by side: their own voxels are what is left
-        for ijk, sign in inside:
-            logits[_index(box, ijk)] = sign * MARGIN
-    mask = logits > 0
-    for ijk, _ in inside:
-        _remove_specks(mask, box, inside, _around(ijk, 3 * scale).intersect(box))
+    if blocked is None:
+        blocked = np.zeros(logits.shape, dtype=bool)
+    radius = _radius(patch)
+    clicks = [(ijk, sign) for ijk, sign in clicks if box.contains(ijk)]
+    for ijk, sign in clicks:
+        _bend(logits, box, ijk, sign, _opposing(clicks, sign), radius)
+    mask = (logits > 0) & ~blocked
+    for ijk, sign in clicks:
+        if _part_size(mask, box, ijk) < SPECK:
+            _stamp_ball(mask, box, ijk, sign, _opposing(clicks, sign), radius, blocked)
+    for ijk, _ in clicks:
+        near = click_reach(patch, ijk).intersect(box)
+        remove_specks(mask, box, near, [at for at, sign in clicks if sign > 0])
+        _fill_holes(mask, box, near, [at for at, sign in clicks if sign < 0], blocked)
     return mask
 
 
-def _bend(logits: FloatImage, box: Box, ijk: Ijk, sign: int, scale: npt.NDArray[np.float64]) -> None:
-    """Add a bump that lifts the click, and what lies within `scale` voxels of it, over the margin."""
-    lack = MARGIN - sign * _at(logits, box, ijk)
+def click_reach(patch: Patch, ijk: Ijk) -> Box:
+    """Voxels around a click that `honour` may change and keeps free of specks; may go beyond the volume."""
+    return _around(ijk, REACH * _radius(patch))
+
+
+def remove_specks(mask: BoolArray, box: Box, near: Box, keep: Iterable[Ijk]) -> None:
+    """Drop components of fewer than SPECK voxels that reach into a part of a crop.
+
+    Args:
+        mask: (K, J, I) on the box's voxels; changed in place.
+        box: of the crop.
+        near: the part, inside the box.
+        keep: voxels whose component stays.
+    """
+    _flip_specks(mask, box, near, True, keep, None)
+
+
+def _fill_holes(mask: BoolArray, box: Box, near: Box, keep: Iterable[Ijk], blocked: BoolArray) -> None:
+    _flip_specks(mask, box, near, False, keep, blocked)
+
+
+def _flip_specks(
+    mask: BoolArray, box: Box, near: Box, value: bool, keep: Iterable[Ijk], stay: BoolArray | None
+) -> None:
+    # A component that reaches into `near` and is cut off by this window has SPECK voxels within the window alone, so
+    # each that looks small is seen whole.
+    outer = near.dilate(SPECK).intersect(box)
+    window = _view(mask, box, outer)
+    components, count = ndimage.label(window == value)
+    small = np.bincount(components.ravel(), minlength=count + 1) < SPECK
+    small[0] = False
+    if not small.any():
+        return
+    drop = np.zeros_like(small)
+    drop[np.unique(_view(components, outer, near))] = True
+    drop &= small
+    for ijk in keep:
+        if outer.contains(ijk):
+            drop[components[_index(outer, ijk)]] = False
+    if stay is not None:
+        drop[np.unique(components[_view(stay, box, outer)])] = False
+    drop[0] = False
+    window[drop[components]] = not value
+
+
+def _bend(
+    logits: FloatImage, box: Box, ijk: Ijk, sign: int, opposing: Sequence[Ijk], radius: npt.NDArray[np.float64]
+) -> None:
+    """Add a bump that lifts the click, and what is like it within a radius, over the margin."""
+    lack = MARGIN - sign * float(logits[_index(box, ijk)])
     if lack <= 0:
         return
-    near = _around(ijk, 3 * scale).intersect(box)
-    axes = [
-        np.exp(-0.5 * ((np.arange(near.start[a], near.stop[a]) - ijk[a]) / scale[a]) ** 2).astype(np.float32)
-        for a in range(3)
-    ]
-    bump = axes[2][:, None, None] * axes[1][:, None] * axes[0]
-    # e^0.5: one scale away the bump still is what the click lacks
-    _view(logits, box, near)[...] += np.float32(sign * lack * 1.65) * bump
+    near = _around(ijk, REACH * radius).intersect(box)
+    distance = _distance(near, ijk, radius)
+    bump = np.exp(-0.5 * distance)
+    bump /= np.exp(-0.5)  # one radius away the bump still is what the click lacks
+    bump[_nearer_to(opposing, near, distance, radius)] = 0
+    _view(logits, box, near)[...] += np.float32(sign * lack) * bump
 
 
-def _remove_specks(mask: BoolArray, box: Box, clicks: Sequence[tuple[Ijk, int]], near: Box) -> None:
-    """Flip components of under SPECK voxels that lie wholly in a window and hold no click of their own sign."""
+def _part_size(mask: BoolArray, box: Box, ijk: Ijk) -> int:
+    """Voxels of the component of mask or background that holds a voxel; right where they are fewer than SPECK."""
+    near = _around(ijk, np.full(3, float(SPECK))).intersect(box)
+    at = _index(near, ijk)
     window = _view(mask, box, near)
-    for value in (True, False):
-        components, count = ndimage.label(window == value)
-        if count < 2 and value:
-            continue
-        sizes = np.bincount(components.ravel(), minlength=count + 1)
-        drop = sizes < SPECK
-        drop[0] = False
-        for face in (components[:1], components[-1:], components[:, :1], components[:, -1:], components[..., :1], components[..., -1:]):  # fmt: skip
-            drop[np.unique(face)] = False  # may be larger beyond the window
-        for ijk, sign in clicks:
-            if near.contains(ijk) and (sign > 0) == value:
-                drop[components[_index(near, ijk)]] = False
-        window[drop[components]] = not value
+    components, _ = ndimage.label(window == window[at])
+    return int((components == components[at]).sum())
+
+
+def _stamp_ball(
+    mask: BoolArray,
+    box: Box,
+    ijk: Ijk,
+    sign: int,
+    opposing: Sequence[Ijk],
+    radius: npt.NDArray[np.float64],
+    blocked: BoolArray,
+) -> None:
+    near = _around(ijk, radius).intersect(box)
+    distance = _distance(near, ijk, radius)
+    ball = (distance <= 1) & ~_nearer_to(opposing, near, distance, radius)
+    if sign > 0:
+        ball &= ~_view(blocked, box, near)
+    _view(mask, box, near)[ball] = sign > 0
+
+
+def _distance(box: Box, ijk: Ijk, radius: npt.NDArray[np.float64]) -> FloatImage:
+    """(K, J, I) squared distance from a voxel, in radii."""
+    i, j, k = (
+        (((np.arange(a, b) - x) / r) ** 2).astype(np.float32)
+        for a, b, x, r in zip(box.start, box.stop, ijk, radius, strict=True)
+    )
+    return np.asarray(k[:, None, None] + j[:, None] + i)
+
+
+def _nearer_to(others: Sequence[Ijk], box: Box, distance: FloatImage, radius: npt.NDArray[np.float64]) -> BoolArray:
+    """(K, J, I), voxels of a box that are nearer to any of the others than `distance` says."""
+    nearer = np.zeros(distance.shape, dtype=bool)
+    for other in others:
+        # twice the box's reach away the other cannot be the nearer one of any voxel in it
+        if box.dilate(max(box.shape_kji)).contains(other):
+            nearer |= _distance(box, other, radius) < distance
+    return nearer
+
+
+def _opposing(clicks: Sequence[tuple[Ijk, int]], sign: int) -> list[Ijk]:
+    return [ijk for ijk, other in clicks if other != sign]
+
+
+def _radius(patch: Patch) -> npt.NDArray[np.float64]:
+    """Of a click's ball, in voxels (I, J, K)."""
+    return np.asarray(np.maximum(np.asarray(patch.step) * RADIUS, RADIUS))
 
 
 def _around(ijk: Ijk, reach: npt.NDArray[np.float64]) -> Box:
@@ -133,20 +235,11 @@ def _around(ijk: Ijk, reach: npt.NDArray[np.float64]) -> Box:
     return Box((i0, j0, k0), (i1, j1, k1))
 
 
-def click_reach(patch: Patch, ijk: Ijk) -> Box:
-    """Voxels that honouring one click may change."""
-    return _around(ijk, 3 * np.maximum(np.asarray(patch.step) * RADIUS, RADIUS))
-
-
 def _index(box: Box, ijk: Ijk) -> tuple[int, int, int]:
     i, j, k = (x - a for x, a in zip(ijk, box.start, strict=True))
     return k, j, i
 
 
-def _at(logits: FloatImage, box: Box, ijk: Ijk) -> float:
-    return float(logits[_index(box, ijk)])
-
-
-def _view(array: npt.NDArray[np.generic], box: Box, part: Box) -> npt.NDArray[np.generic]:
+def _view(array: npt.NDArray[Any], box: Box, part: Box) -> npt.NDArray[Any]:
     i, j, k = box.start
     return array[part.shift((-i, -j, -k)).slices]

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from KA2ERSegment.geometry import BoolArray, Box
+from KA2ERSegment.geometry import BoolArray, Box, Ijk
 from KA2ERSegment.preprocessing import Patch, upsample
 from KA2ERSegment.volume import Volume
 
 FloatImage = npt.NDArray[np.float32]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +41,24 @@ class PackedMask:
     def unpack(self) -> BoolArray:
         """(K, J, I) bool of the box's shape."""
         bits = np.unpackbits(self.bits, count=self.box.size)
-        return bits.astype(bool).reshape(self.box.shape_kji)
+        return bits.view(np.bool_).reshape(self.box.shape_kji)
+
+    def contains(self, ijk: Ijk) -> bool:
+        """Whether a voxel lies in the mask; looks at one bit."""
+        if not self.box.contains(ijk):
+            return False
+        i, j, k = (x - a for x, a in zip(ijk, self.box.start, strict=True))
+        _, rows, columns = self.box.shape_kji
+        at = (k * rows + j) * columns + i
+        return bool(self.bits[at >> 3] >> (7 - (at & 7)) & 1)
 
     def on(self, box: Box) -> BoolArray:
         """The mask on another box of the same volume."""
         out = np.zeros(box.shape_kji, dtype=bool)
         common = self.box.intersect(box)
         if common.size:
-            own = common.shift(_minus(self.box)).crop(self.unpack())
-            common.shift(_minus(box)).paste(own, out)
+            own = common.shift(_minus(self.box.start)).crop(self.unpack())
+            common.shift(_minus(box.start)).paste(own, out)
         return out
 
 
@@ -91,6 +102,9 @@ class ExpertOpinions(Mapping[str, ExpertOpinion]):
             self._known[name] = self._opinion(self._names.index(name))
         return self._known[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would compute the opinion to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -119,7 +133,7 @@ class Prediction:
         patch: that the network saw.
         logits: (S, S, S) float32 on the patch.
         packed: the final mask, prompts honoured and overlaps resolved, on the canonical volume.
-        changed: half-open box on the volume's own grid: outside it the mask is what it was before this prompt.
+        changed: half-open box on the volume's own grid: outside it every object's mask is what it was before.
         quality: Dice that the model expects of this mask, 0..1.
         arms: names of the arms of the amalgamation.
         opinion: computes one arm's logits and weight on the patch.
@@ -149,7 +163,7 @@ class Prediction:
     @property
     def probability(self) -> FloatImage:
         """(K, J, I) float32 in 0..1; 0 outside the patch; above one half exactly where the mask is true."""
-        box = self.patch.box(self.canonical.shape_kji).union(self.packed.box)
+        box = self.patch.box(self.canonical.shape_kji)
         probability = _sigmoid(upsample(self.logits, self.patch, box))
         mask = self.packed.on(box)
         half = np.float32(0.5)
@@ -162,7 +176,7 @@ class Prediction:
         """Each expert's opinion by name, "foundation" (no expert) first; computed when asked for."""
         return ExpertOpinions(self.arms, self.opinion, self)
 
-    def on_volume(self, box: Box, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def on_volume(self, box: Box, values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         """An array on the volume's own grid, zero but for `values` in a box of the canonical volume."""
         out = np.zeros(self.volume.shape_kji, dtype=values.dtype)
         if box.size:
@@ -179,6 +193,6 @@ def _sigmoid(logits: FloatImage) -> FloatImage:
     return logits
 
 
-def _minus(box: Box) -> tuple[int, int, int]:
-    i, j, k = box.start
+def _minus(ijk: Ijk) -> Ijk:
+    i, j, k = ijk
     return -i, -j, -k

@@ -11,8 +11,8 @@ import torch
 
 from KA2ERSegment.errors import PromptError
 from KA2ERSegment.geometry import BoolArray, Box, Ijk
-from KA2ERSegment.preprocessing import Patch, sample_nearest
 from KA2ERSegment.prediction import FloatImage, PackedMask
+from KA2ERSegment.preprocessing import Patch, sample_nearest
 from KA2ERSegment.prompt_encoder import BOX_START, BOX_STOP, NEGATIVE, POSITIVE, PatchPrompts
 from KA2ERSegment.prompts import BoxPrompt, LassoPrompt, MaskPrompt, PointPrompt, Polarity, Prompt, ScribblePrompt
 from KA2ERSegment.volume import Volume
@@ -53,6 +53,9 @@ class Evidence:
         flat: int | None = None
         start: PackedMask | None = None
         for prompt in prompts:
+            if not isinstance(prompt, Prompt):
+                message = f"a prompt must be one of the library's prompts, got {type(prompt).__name__}."
+                raise PromptError(message)
             sign = 1 if prompt.polarity is Polarity.POSITIVE else -1
             match prompt:
                 case PointPrompt():
@@ -119,7 +122,9 @@ def patch_prompts(
         points.append(patch.to_patch(ijk)[::-1])
         labels.append(POSITIVE if sign > 0 else NEGATIVE)
     for box, crop, sign in evidence.regions:  # a token for the middle voxel of a region
-        middle = np.argwhere(crop)[crop.sum() // 2][::-1] + np.array(box.start)
+        covered_voxels = np.flatnonzero(crop)
+        kji = np.unravel_index(covered_voxels[len(covered_voxels) // 2], crop.shape)
+        middle = np.array(kji[::-1]) + np.array(box.start)
         if patch.contains(middle):
             points.append(patch.to_patch(middle)[::-1])
             labels.append(POSITIVE if sign > 0 else NEGATIVE)
@@ -127,10 +132,13 @@ def patch_prompts(
     if previous is None:
         previous = np.full(positive.shape, 0.5, dtype=np.float32)
     return PatchPrompts(
-        torch.from_numpy(coordinates),
-        torch.tensor([labels], dtype=torch.long).reshape(1, -1),
-        *(torch.from_numpy(array)[None] for array in (positive, negative, inside, outside)),
-        torch.from_numpy(np.ascontiguousarray(previous, dtype=np.float32))[None],
+        points=torch.from_numpy(coordinates),
+        labels=torch.tensor([labels], dtype=torch.long).reshape(1, -1),
+        positive=torch.from_numpy(positive)[None],
+        negative=torch.from_numpy(negative)[None],
+        box=torch.from_numpy(inside)[None],
+        outside=torch.from_numpy(outside)[None],
+        previous=torch.from_numpy(np.ascontiguousarray(previous, dtype=np.float32))[None],
     )
 
 

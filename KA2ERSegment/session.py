@@ -4,18 +4,22 @@
     prompts -> maps and tokens on the patch -------------+-> mask decoder -> promises kept -> prediction
 
 A session is a sequence of immutable states: undo and redo only move along it, and a refused prompt leaves it as it
-was. All work happens on the volume's canonical view; only `Prediction` turns results back to the volume's own axes.
+was. Which objects there are and which is selected is no part of the states: undo takes back what was done to an
+object, never a choice of one. All work happens on the volume's canonical view; only `Prediction` turns results back
+to the volume's own axes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,21 +27,30 @@ import torch
 
 from KA2ERSegment.build import build_model
 from KA2ERSegment.bundle import Bundle, load_bundle
-from KA2ERSegment.constraints import click_reach, honour, keep_change_local, remove_islands
+from KA2ERSegment.constraints import (
+    MARGIN,
+    SPECK,
+    click_reach,
+    honour,
+    keep_change_local,
+    remove_islands,
+    remove_specks,
+)
 from KA2ERSegment.errors import DeviceError, PromptError, SessionStateError
 from KA2ERSegment.geometry import BoolArray, Box, Ijk
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.prediction import FloatImage, PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch, normalise, sample_image, upsample
 from KA2ERSegment.prompt_encoder import PatchPrompts
-from KA2ERSegment.prompts import PointPrompt, Prompt, ScribblePrompt, prompt_from_json
+from KA2ERSegment.prompts import PointPrompt, Polarity, Prompt, prompt_from_json
 from KA2ERSegment.rasterise import Evidence, mask_on_patch, patch_prompts
 from KA2ERSegment.volume import Volume
 
 FORMAT = 1
 FIRST_OBJECT = "object"
 HISTORY = 64
-"""States kept for undo."""
+"""States kept: the present one and those that undo goes back to."""
+NOTHING = Box((0, 0, 0), (0, 0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +72,73 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ObjectState:
-    """One named object: its prompts (each with its number in the session) and what they gave."""
+    """One object: its prompts, oldest first, and what they gave.
 
-    prompts: tuple[tuple[int, Prompt], ...] = ()
+    Args:
+        prompts: of this object alone.
+        answer: that the next prompt builds on; None before the first positive prompt.
+        prediction: None before the first prompt.
+        locked: no prompt changes it.
+    """
+
+    prompts: tuple[Prompt, ...] = ()
     answer: Answer | None = None
     prediction: Prediction | None = None
     locked: bool = False
 
+    @property
+    def positive_clicks(self) -> list[PointPrompt]:
+        """Its clicks that no other object may take."""
+        return [p for p in self.prompts if isinstance(p, PointPrompt) and p.polarity is Polarity.POSITIVE]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing done to an object. The steps so far are what `Session.save` writes and `Session.replay` does again.
+
+    Args:
+        name: of the object.
+        done: the prompt that it was given, or what else happened to it.
+    """
+
+    name: str
+    done: Prompt | Literal["lock", "unlock", "reset"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `from_json`."""
+        what = {"do": self.done} if isinstance(self.done, str) else {"prompt": self.done.to_json()}
+        return {"object": self.name, **what}
+
+    @classmethod
+    def from_json(cls, entry: object) -> Step:
+        """The step that `to_json` described; PromptError for anything else."""
+        match entry:
+            case {"object": str(name), "prompt": prompt, **more} if name and not more:
+                return cls(name, prompt_from_json(prompt))
+            case {"object": str(name), "do": "lock" | "unlock" | "reset" as done, **more} if name and not more:
+                return cls(name, done)
+        message = (
+            'a step in JSON must have an "object" and either a "prompt" or, under "do", one of lock, unlock and '
+            f"reset; got {_short(entry)}. Save prompts with Session.save."
+        )
+        raise PromptError(message)
+
 
 @dataclass(frozen=True, slots=True)
 class SessionState:
-    """Everything that undo brings back."""
+    """Everything that undo brings back: the objects to which something was done, and all that was done."""
 
-    objects: dict[str, ObjectState]
-    selected: str
+    objects: Mapping[str, ObjectState] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+
+    def of(self, name: str) -> ObjectState:
+        """The state of an object, as new where nothing was done to it."""
+        return self.objects.get(name, ObjectState())
+
+    def after(self, step: Step, changed: Mapping[str, ObjectState]) -> SessionState:
+        """The state after one more step that changed some objects."""
+        objects = {name: state for name, state in {**self.objects, **changed}.items() if state != ObjectState()}
+        return SessionState(objects, (*self.steps, step) if objects else ())
 
 
 class Session:
@@ -96,8 +162,7 @@ class Session:
         self._volume: Volume | None = None
         self._canonical: Volume | None = None
         self._features: OrderedDict[Patch, PatchFeatures] = OrderedDict()
-        self._history = [_empty_state()]
-        self._now = 0
+        self._start()
 
     # -- volume and objects ------------------------------------------------------------------------------------------
 
@@ -106,7 +171,14 @@ class Session:
         self._canonical = volume.canonical()
         self._volume = volume
         self._features.clear()
-        self._history, self._now = [_empty_state()], 0
+        self._start()
+
+    def _start(self) -> None:
+        self._names: tuple[str, ...] = (FIRST_OBJECT,)
+        self._selected = FIRST_OBJECT
+        self._history = [SessionState()]
+        self._now = 0
+        self._changed = NOTHING
 
     @property
     def volume(self) -> Volume:
@@ -116,44 +188,54 @@ class Session:
     @property
     def objects(self) -> tuple[str, ...]:
         """Names of the objects, oldest first."""
-        return tuple(self._state.objects)
+        return self._names
 
     @property
     def selected(self) -> str:
         """Name of the object that prompts go to."""
-        return self._state.selected
+        return self._selected
 
     @property
     def prediction(self) -> Prediction | None:
         """Of the selected object; None before its first prompt."""
-        return self._state.objects[self.selected].prediction
+        return self._state.of(self._selected).prediction
+
+    @property
+    def changed(self) -> Box:
+        """Half-open box on the volume's grid: outside it the last add, undo, redo or reset left all masks alone."""
+        return self._changed
 
     def prompts(self, name: str | None = None) -> tuple[Prompt, ...]:
         """Prompts of an object (the selected one by default), oldest first."""
-        return tuple(prompt for _, prompt in self._object(name or self.selected).prompts)
+        return self._object(name).prompts
 
     def select(self, name: str) -> Prediction | None:
-        """Let prompts go to the object of that name; it is made where there is none. Returns its prediction."""
-        if not name:
-            message = "an object's name must not be empty."
+        """Let prompts go to the object of that name; it is made where there is none. Returns its prediction.
+
+        Nothing is done to any object, so `undo` does not take it back, and `redo` stays possible.
+        """
+        if not isinstance(name, str) or not name:
+            message = f"an object's name must be text and not empty, got {name!r}."
             raise SessionStateError(message)
-        objects = dict(self._state.objects)
-        first = objects.get(FIRST_OBJECT)
-        if name not in objects and first == ObjectState() and len(objects) == 1:
-            del objects[FIRST_OBJECT]  # nothing was done with the nameless first object
-        objects.setdefault(name, ObjectState())
-        if (objects, name) != (self._state.objects, self.selected):
-            self._push(SessionState(objects, name))
+        if self._names == (FIRST_OBJECT,) and not any(state.objects for state in self._history):
+            self._names = (name,)  # nothing was done with the nameless first object
+        elif name not in self._names:
+            self._names = (*self._names, name)
+        self._selected = name
         return self.prediction
 
-    def lock(self, name: str | None = None, locked: bool = True) -> None:
+    def lock(self, name: str | None = None) -> None:
         """Protect an object (the selected one by default): no prompt changes it any more, its own neither."""
-        name = name or self.selected
-        self._push(self._with_object(name, replace(self._object(name), locked=locked)))
+        self._set_lock(name, True)
 
     def unlock(self, name: str | None = None) -> None:
         """Let an object change again."""
-        self.lock(name, locked=False)
+        self._set_lock(name, False)
+
+    def _set_lock(self, name: str | None, locked: bool) -> None:
+        own, name = self._object(name), name or self._selected
+        if own.locked != locked:
+            self._push(Step(name, "lock" if locked else "unlock"), {name: replace(own, locked=locked)})
 
     def prediction_of(self, name: str) -> Prediction | None:
         """The prediction of any object."""
@@ -164,7 +246,7 @@ class Session:
         volume, _ = self._require_volume()
         labels = np.zeros(volume.shape_kji, dtype=np.uint16)
         for value, name in enumerate(self.objects, start=1):
-            prediction = self._state.objects[name].prediction
+            prediction = self._state.of(name).prediction
             if prediction is not None and prediction.packed.box.size:
                 part = volume.to_canonical(labels)[prediction.packed.box.slices]
                 part[prediction.packed.unpack()] = value
@@ -180,43 +262,57 @@ class Session:
             PromptError: the prompt does not fit the volume, or contradicts another one.
         """
         volume, canonical = self._require_volume()
-        name, own = self.selected, self._object(self.selected)
+        name, own = self._selected, self._state.of(self._selected)
         if own.locked:
             message = f"object {name!r} is locked; got a {type(prompt).__name__}. Unlock it, or select another object."
             raise SessionStateError(message)
-        evidence = Evidence.of([*(p for _, p in own.prompts), prompt], canonical)
-        newest = Evidence.of([prompt], canonical)
-        self._refuse_locked_voxels(newest)
+        prompts = (*own.prompts, prompt)
+        evidence, newest = Evidence.of(prompts, canonical), Evidence.of([prompt], canonical)
+        self._refuse_claimed_voxels(newest)
         answer = self._answer(own, evidence, newest)
-        mask, box = self._keep_promises(answer, evidence)
-        objects = self._resolve_overlaps(name, mask, box, answer, evidence)
-        before = own.prediction.packed.box if own.prediction else Box((0, 0, 0), (0, 0, 0))
-        packed = PackedMask.pack(box, mask)
-        changed = volume.from_canonical_box(before.union(packed.box))
+        packed = self._keep_promises(answer, evidence)
+        others, touched = self._others_without(packed)
+        before = own.prediction.packed.box if own.prediction else NOTHING
+        changed = volume.from_canonical_box(before.union(packed.box).union(touched))
         prediction = Prediction(
-            volume, canonical, name, answer.patch, answer.logits, packed, changed, answer.quality,
-            self._model.arms, self._opinion_of(answer),
-        )  # fmt: skip
-        numbered = (*own.prompts, (self._next_number(), prompt))
-        objects[name] = ObjectState(numbered, answer, prediction)
-        self._push(SessionState(objects, name))
+            volume=volume,
+            canonical=canonical,
+            name=name,
+            patch=answer.patch,
+            logits=answer.logits,
+            packed=packed,
+            changed=changed,
+            quality=answer.quality,
+            arms=self._model.arms,
+            opinion=self._opinion_of(answer),
+        )
+        # negative prompts alone leave nothing to build on: the first positive one chooses its patch as if it were first
+        kept = answer if evidence.extent() is not None else None
+        self._push(Step(name, prompt), {**others, name: ObjectState(prompts, kept, prediction)})
         return prediction
 
     def undo(self) -> Prediction | None:
-        """Take back the last change, of whatever object; SessionStateError where there is none."""
-        if self._now == 0:
-            message = "there is nothing to undo in this session."
-            raise SessionStateError(message)
-        self._now -= 1
-        return self.prediction
+        """Take back the last prompt, lock, unlock or reset, of whatever object; the selection stays as it is.
+
+        Returns:
+            The selected object's prediction; its `changed` is the session's: where any object may differ now.
+
+        Raises:
+            SessionStateError: there is nothing to undo.
+        """
+        return self._step(-1, "undo")
 
     def redo(self) -> Prediction | None:
-        """Bring back what `undo` took; SessionStateError where there is nothing."""
-        if self._now == len(self._history) - 1:
-            message = "there is nothing to redo in this session."
+        """Bring back what `undo` took; returns as `undo` does, SessionStateError where there is nothing."""
+        return self._step(+1, "redo")
+
+    def _step(self, direction: int, verb: str) -> Prediction | None:
+        if not 0 <= self._now + direction < len(self._history):
+            message = f"there is nothing to {verb} in this session."
             raise SessionStateError(message)
-        self._now += 1
-        return self.prediction
+        self._move_to(self._now + direction)
+        prediction = self.prediction
+        return None if prediction is None else replace(prediction, changed=self._changed)
 
     @property
     def can_undo(self) -> bool:
@@ -230,36 +326,37 @@ class Session:
 
     def reset(self) -> None:
         """Drop the selected object's prompts and mask; `undo` brings them back."""
-        if self._object(self.selected).locked:
-            message = f"object {self.selected!r} is locked. Unlock it before its reset."
+        own = self._state.of(self._selected)
+        if own.locked:
+            message = f"object {self._selected!r} is locked. Unlock it before its reset."
             raise SessionStateError(message)
-        self._push(self._with_object(self.selected, ObjectState()))
+        if own.prompts:
+            self._push(Step(self._selected, "reset"), {self._selected: ObjectState()})
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """All prompts of all objects in the order they were given, in RAS mm; no image content and no file name."""
+        """All that was done to all objects in its order, in RAS mm; no image content and no file name.
+
+        What was undone is left out. What was reset is there: while it lasted, other objects kept off it.
+        """
         volume, _ = self._require_volume()
-        numbered = [
-            (number, {"object": name, "prompt": prompt.to_json()})
-            for name, state in self._state.objects.items()
-            for number, prompt in state.prompts
-        ]
         return {
             "format": FORMAT,
             "bundle": self.bundle.identity,
             "grid": {"shape_kji": list(volume.shape_kji), "ijk_to_ras": volume.ijk_to_ras.tolist()},
-            "objects": [{"name": name, "locked": state.locked} for name, state in self._state.objects.items()],
-            "selected": self.selected,
-            "prompts": [entry for _, entry in sorted(numbered, key=lambda pair: pair[0])],
+            "objects": list(self._names),
+            "selected": self._selected,
+            "steps": [step.to_json() for step in self._state.steps],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompts as JSON; the file appears whole or not at all."""
         target = Path(path)
         scratch = target.with_name(f".{target.name}.partial")
+        text = json.dumps(self.to_json(), indent=1) + "\n"
         try:
-            scratch.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(text, encoding="utf-8")
             scratch.replace(target)
         finally:
             scratch.unlink(missing_ok=True)
@@ -268,7 +365,7 @@ class Session:
     def replay(
         cls, path: str | os.PathLike[str], volume: Volume, bundle: Bundle | None = None, device: str = "auto"
     ) -> Session:
-        """A new session with the prompts of a file, given again in their order.
+        """A new session to which everything in a file is done again, in its order.
 
         Prompts are in patient space, so the volume may be another one than they were drawn on; mask prompts need its
         grid. With the same volume and bundle the masks come out the same.
@@ -276,28 +373,43 @@ class Session:
         Raises:
             PromptError: a file that is no prompts file, or prompts that do not fit the volume.
         """
+        saved = _read_json(Path(path))
         session = cls(bundle, device)
         session.set_volume(volume)
-        session.give(_read_prompts(Path(path)))
+        session.give(saved)
         return session
 
-    def give(self, saved: dict[str, Any]) -> None:
-        """Add the prompts of `to_json`; all or, where one is refused, none."""
-        entries = [(str(entry["object"]), prompt_from_json(entry["prompt"])) for entry in saved["prompts"]]
-        history, now = list(self._history), self._now
+    def give(self, saved: Mapping[str, Any]) -> None:
+        """Do again what `to_json` described; all of it or, where something is refused, nothing.
+
+        Raises:
+            PromptError: it is no such description, or a prompt does not fit the volume.
+            SessionStateError: no volume yet, or an object of that name is locked here.
+        """
+        self._require_volume()
+        names, selected, steps = _parse(saved)
+        before = self._names, self._selected, self._history, self._now, self._changed
         try:
-            for entry in saved["objects"]:
-                self.select(str(entry["name"]))
-            for name, prompt in entries:
+            for name in names:
                 self.select(name)
-                self.add(prompt)
-            for entry in saved["objects"]:
-                if entry["locked"]:
-                    self.lock(str(entry["name"]))
-            self.select(str(saved["selected"]))
-        except Exception:
-            self._history, self._now = history, now
+            for step in steps:
+                self.select(step.name)
+                self._do(step)
+            self.select(selected)
+        except BaseException:
+            self._names, self._selected, self._history, self._now, self._changed = before
             raise
+
+    def _do(self, step: Step) -> None:
+        match step.done:
+            case "lock":
+                self.lock()
+            case "unlock":
+                self.unlock()
+            case "reset":
+                self.reset()
+            case prompt:
+                self.add(prompt)
 
     # -- from prompts to an answer -----------------------------------------------------------------------------------
 
@@ -310,9 +422,12 @@ class Session:
             answer = self._first_click(evidence, newest)
         else:
             answer = self._decode(self._patch_around(evidence, own.answer), evidence, own.answer, newest)
-        bounded = evidence.box is not None and evidence.flat is None
+        if evidence.extent() is None:  # nobody has said where the object is
+            return replace(answer, logits=np.minimum(answer.logits, np.float32(-MARGIN)))
+        if evidence.box is not None and evidence.flat is None:  # a 3D box bounds the object
+            return answer
         for _ in range(3):
-            patch = None if bounded else _regrown(answer, self._require_volume()[1], plans.margin)
+            patch = _regrown(answer, evidence, own.answer, self._require_volume()[1], plans.margin)
             if patch is None:
                 break
             fitted = self._decode(patch, evidence, None, newest)
@@ -365,14 +480,10 @@ class Session:
         if newest.start is not None:
             previous = mask_on_patch(newest.start, patch)
         elif before is not None and same:
-            previous = 1 / (1 + np.exp(-before.logits))
+            previous = np.asarray(1 / (1 + np.exp(-before.logits)), dtype=np.float32)
         elif evidence.start is not None:
             previous = mask_on_patch(evidence.start, patch)
-        others = [
-            state.prediction.packed
-            for name, state in self._state.objects.items()
-            if name != self.selected and state.prediction is not None
-        ]
+        others = [other.packed for _, _, other in self._others()]
         prompts = patch_prompts(evidence, patch, previous, others)
         with torch.inference_mode():
             decoded = self._model.decode(self._features_of(patch), _to(prompts, self.device))
@@ -415,66 +526,85 @@ class Session:
 
     # -- promises ----------------------------------------------------------------------------------------------------
 
-    def _keep_promises(self, answer: Answer, evidence: Evidence) -> tuple[BoolArray, Box]:
-        """The mask at the volume's own resolution, with the clicks honoured; on which voxels."""
-        _, canonical = self._require_volume()
-        whole = answer.patch.box(canonical.shape_kji)
-        box = _mask_voxels(answer).intersect(whole)
-        for ijk, sign in evidence.clicks:
-            if sign > 0:
-                box = box.union(click_reach(answer.patch, ijk).intersect(canonical.box))
-        if box.size == 0:
-            return np.zeros(box.shape_kji, dtype=bool), box
-        logits = upsample(answer.logits, answer.patch, box)
-        return honour(logits, box, answer.patch, evidence.clicks), box
+    def _others(self) -> list[tuple[str, ObjectState, Prediction]]:
+        """The objects with a mask, but for the selected one; oldest first."""
+        states = [(name, self._state.of(name)) for name in self._names if name != self._selected]
+        return [(name, state, state.prediction) for name, state in states if state.prediction is not None]
 
-    def _refuse_locked_voxels(self, newest: Evidence) -> None:
-        for name, state in self._state.objects.items():
-            if not state.locked or state.prediction is None:
-                continue
+    def _refuse_claimed_voxels(self, newest: Evidence) -> None:
+        """A positive click may take a voxel from another object, but not a locked one's nor another's own click."""
+        _, canonical = self._require_volume()
+        for name, state, other in self._others():
+            claimed = {click.ijk(canonical) for click in state.positive_clicks}
             for ijk, sign in newest.clicks:
-                if sign > 0 and state.prediction.packed.on(Box(ijk, (ijk[0] + 1, ijk[1] + 1, ijk[2] + 1))).any():
+                if sign > 0 and state.locked and other.packed.contains(ijk):
                     message = (
                         f"a positive click must lie outside locked objects; the click lies in {name!r}. "
                         f"Unlock {name!r}, or click beside it."
                     )
                     raise PromptError(message)
+                if sign > 0 and ijk in claimed:
+                    message = (
+                        f"a voxel can only belong to one object; the click for {self._selected!r} lies on the voxel of "
+                        f"a positive click for {name!r}. Undo that one, or click beside it."
+                    )
+                    raise PromptError(message)
 
-    def _resolve_overlaps(
-        self, own: str, mask: BoolArray, box: Box, answer: Answer, evidence: Evidence
-    ) -> dict[str, ObjectState]:
-        """Give each voxel that two objects claim to the more probable one; `mask` is changed in place.
+    def _keep_promises(self, answer: Answer, evidence: Evidence) -> PackedMask:
+        """The mask at the volume's own resolution: inside the patch, clicks honoured, other objects respected.
 
-        Locked objects keep theirs, and so does every positive click.
+        Each voxel that another object has goes to the more probable of the two. Locked objects keep theirs, and
+        positive clicks of other objects count as negative ones here.
         """
-        objects = dict(self._state.objects)
-        for name, state in objects.items():
-            other = state.prediction
-            if name == own or other is None or other.packed.box.intersect(box).size == 0:
-                continue
+        _, canonical = self._require_volume()
+        domain = answer.patch.box(canonical.shape_kji)
+        clicks = list(evidence.clicks)
+        for _, state, _ in self._others():
+            clicks += [(click.ijk(canonical), -1) for click in state.positive_clicks]
+        clicks = list(dict.fromkeys(clicks))
+        candidates = _mask_voxels(answer).intersect(domain)
+        box = candidates
+        for ijk, sign in clicks:
+            near = click_reach(answer.patch, ijk).dilate(SPECK).intersect(domain)
+            if sign > 0 or near.intersect(candidates).size:
+                box = box.union(near)
+        logits = upsample(answer.logits, answer.patch, box)
+        blocked = np.zeros(box.shape_kji, dtype=bool)
+        for _, state, other in self._others():
             common = other.packed.box.intersect(box)
-            mine = mask[common.shift(_minus(box.start)).slices]  # a view
-            theirs = other.packed.on(common)
-            both = mine & theirs
-            if not both.any():
+            if common.size == 0:
                 continue
-            keep = np.zeros_like(both)
-            if not state.locked:
-                keep = upsample(answer.logits, answer.patch, common) > upsample(other.logits, other.patch, common)
-                _, canonical = self._require_volume()
-                for clicks, winner in ((_positive(Evidence.of(self.prompts(name), canonical)), False), (_positive(evidence), True)):  # fmt: skip
-                    for ijk in clicks:
-                        if common.contains(ijk):
-                            keep[common.shift(_minus(common.start)).slices][tuple(x - a for x, a in zip(ijk[::-1], common.start[::-1], strict=True))] = winner  # fmt: skip
-            mine &= ~(both & ~keep)
-            lost = both & keep
-            if lost.any():
-                rest = other.packed.unpack()
-                rest[common.shift(_minus(other.packed.box.start)).slices] &= ~lost
-                objects[name] = replace(
-                    state, prediction=replace(other, packed=PackedMask.pack(other.packed.box, rest))
-                )
-        return objects
+            inside, theirs = common.shift(_minus(box.start)).slices, other.packed.on(common)
+            if state.locked:
+                blocked[inside] |= theirs
+            else:  # by how much this object is the more probable one
+                lead = np.maximum(upsample(other.logits, other.patch, common), 0)
+                logits[inside] -= np.where(theirs, lead, 0)
+        return PackedMask.pack(box, honour(logits, box, answer.patch, clicks, blocked))
+
+    def _others_without(self, mine: PackedMask) -> tuple[dict[str, ObjectState], Box]:
+        """Other objects that lose voxels to a mask, and a box of the canonical volume around all that they lose.
+
+        What is left of them has no new specks, and all their positive clicks: `_keep_promises` saw to that.
+        """
+        _, canonical = self._require_volume()
+        changed: dict[str, ObjectState] = {}
+        touched = NOTHING
+        for name, state, other in self._others():
+            common = other.packed.box.intersect(mine.box)
+            lost = Box.around(other.packed.on(common) & mine.on(common))
+            if lost is None:
+                continue
+            box = other.packed.box
+            rest = other.packed.unpack()
+            rest[common.shift(_minus(box.start)).slices] &= ~mine.on(common)
+            near = lost.shift(common.start).dilate(1).intersect(box)
+            remove_specks(rest, box, near, [click.ijk(canonical) for click in state.positive_clicks])
+            reach = near.dilate(SPECK).intersect(box)
+            shrunk = replace(other, packed=PackedMask.pack(box, rest), changed=other.volume.from_canonical_box(reach))
+            changed[name] = replace(state, prediction=shrunk)
+            touched = touched.union(reach)
+        return changed, touched
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -482,21 +612,32 @@ class Session:
     def _state(self) -> SessionState:
         return self._history[self._now]
 
-    def _push(self, state: SessionState) -> None:
+    def _push(self, step: Step, changed: Mapping[str, ObjectState]) -> None:
+        state = self._state.after(step, changed)
         self._history = [*self._history[: self._now + 1], state][-HISTORY:]
         self._now = len(self._history) - 1
+        self._changed = self._difference(self._history[self._now - 1], state)
 
-    def _with_object(self, name: str, own: ObjectState) -> SessionState:
-        return SessionState({**self._state.objects, name: own}, self.selected)
+    def _move_to(self, moment: int) -> None:
+        before, self._now = self._state, moment
+        self._changed = self._difference(before, self._state)
 
-    def _object(self, name: str) -> ObjectState:
-        if name not in self._state.objects:
-            message = f"there is no object {name!r}; there are {list(self.objects)}. Use `select` to make one."
+    def _difference(self, a: SessionState, b: SessionState) -> Box:
+        """Box on the volume's grid around the masks of all objects whose masks differ between two states."""
+        box = NOTHING
+        for name in {*a.objects, *b.objects}:
+            masks = [prediction and prediction.packed for prediction in (a.of(name).prediction, b.of(name).prediction)]
+            if masks[0] is not masks[1]:
+                for mask in masks:
+                    box = box.union(mask.box) if mask else box
+        return self._volume.from_canonical_box(box) if self._volume and box.size else NOTHING
+
+    def _object(self, name: str | None) -> ObjectState:
+        name = self._selected if name is None else name
+        if name not in self._names:
+            message = f"there is no object {name!r}; there are {list(self._names)}. Use `select` to make one."
             raise SessionStateError(message)
-        return self._state.objects[name]
-
-    def _next_number(self) -> int:
-        return 1 + max((n for state in self._state.objects.values() for n, _ in state.prompts), default=0)
+        return self._state.of(name)
 
     def _require_volume(self) -> tuple[Volume, Volume]:
         if self._volume is None or self._canonical is None:
@@ -514,24 +655,27 @@ def find_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
-    if name != "cpu" and not name.startswith("cuda"):
-        message = f"device must be 'auto', 'cpu' or 'cuda', got {name!r}."
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        message = f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', got {name!r}."
         raise DeviceError(message)
-    if name.startswith("cuda") and not available:
-        message = f"device {name!r} was asked for, and torch {torch.__version__} finds no CUDA here. Use 'cpu' or 'auto'."
+    if name == "cpu":
+        return torch.device("cpu")
+    if not available:
+        message = f"device {name!r} was asked for; torch {torch.__version__} finds no CUDA here. Use 'cpu' or 'auto'."
         raise DeviceError(message)
-    return torch.device(name)
-
-
-def _empty_state() -> SessionState:
-    return SessionState({FIRST_OBJECT: ObjectState()}, FIRST_OBJECT)
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        message = f"device {name!r} was asked for; there are {torch.cuda.device_count()} CUDA devices. Use 'cuda'."
+        raise DeviceError(message)
+    return device
 
 
 def _fits(patch: Patch, newest: Evidence) -> bool:
     """Whether the newest prompt lies well inside a patch (a negative one may lie anywhere)."""
-    if newest.regions:
-        return all(patch.contains(box.start) and patch.contains(box.stop) for box, _, sign in newest.regions if sign > 0)
-    return all(sign < 0 or patch.contains(ijk, inset=0.04) for ijk, sign in newest.clicks)
+    regions = [box for box, _, sign in newest.regions if sign > 0]
+    clicks = [ijk for ijk, sign in newest.clicks if sign > 0]
+    inside = all(patch.contains(box.start) and patch.contains(np.array(box.stop) - 1) for box in regions)
+    return inside and all(patch.contains(ijk, inset=0.04) for ijk in clicks)
 
 
 def _trust(answer: Answer) -> float:
@@ -540,33 +684,35 @@ def _trust(answer: Answer) -> float:
     extent = Box.around(mask)
     if extent is None:
         return -1.0
-    k, j, i = extent.shape_kji
-    share = max(k, j, i) / mask.shape[0]
+    share = max(extent.shape_kji) / answer.patch.size
     small = min(1.0, share / 0.2)
     cut = sum(float(face.mean()) for face in _faces(mask))
     return answer.quality * small - 0.3 * min(1.0, cut)
 
 
-def _regrown(answer: Answer, volume: Volume, margin: float) -> Patch | None:
-    """A better patch where the mask reaches its border or leaves most of it empty; None where it fits."""
-    mask = answer.logits > 0
-    found = _mask_faces(answer)
-    if found is None:
+def _regrown(answer: Answer, evidence: Evidence, former: Answer | None, volume: Volume, margin: float) -> Patch | None:
+    """A better patch where the mask reaches its border or leaves most of it empty; None where it fits.
+
+    All positive prompts stay inside. A patch that an earlier prompt settled on is given up for a smaller one only
+    when most of it is empty: its features are there already.
+    """
+    found, extent = _mask_faces(answer), evidence.extent()
+    if found is None or extent is None:
         return None
-    start, stop = found
+    start = np.minimum(found[0], extent.start)
+    stop = np.maximum(found[1], extent.stop)
     first, last = answer.patch.faces
-    extent = last - first
+    reach = last - first
     size = np.array(volume.shape_ijk, dtype=float)
-    faces = [float(face.mean()) for face in _faces(mask)]  # K, K, J, J, I, I
-    low = np.array([faces[4], faces[2], faces[0]]) > 0.004
-    high = np.array([faces[5], faces[3], faces[1]]) > 0.004
-    low &= first > 0.5
-    high &= last < size - 0.5
+    faces = [float(face.mean()) for face in _faces(answer.logits > 0)]  # K, K, J, J, I, I
+    low = (np.array([faces[4], faces[2], faces[0]]) > 0.004) & (first > 0.5)
+    high = (np.array([faces[5], faces[3], faces[1]]) > 0.004) & (last < size - 0.5)
     if low.any() or high.any():
-        start = np.maximum(np.where(low, first - 0.4 * extent, start), 0)
-        stop = np.minimum(np.where(high, last + 0.4 * extent, stop), size)
+        start = np.where(low, np.maximum(np.minimum(start, first - 0.4 * reach), 0), start)
+        stop = np.where(high, np.minimum(np.maximum(stop, last + 0.4 * reach), size), stop)
         return Patch.fit(start, stop, volume.spacing, answer.patch.size, 0.1)
-    if ((stop - start) / extent).max() < 0.4 and (np.array(answer.patch.step) > 0.5).any():
+    settled = former is not None and former.patch == answer.patch
+    if ((stop - start) / reach).max() < (0.2 if settled else 0.4) and (np.array(answer.patch.step) > 0.5).any():
         return Patch.fit(start, stop, volume.spacing, answer.patch.size, margin)
     return None
 
@@ -588,7 +734,7 @@ def _mask_voxels(answer: Answer) -> Box:
     """Voxels that can lie in the mask: between the positive samples and their neighbours."""
     extent = Box.around(answer.logits > 0)
     if extent is None:
-        return Box((0, 0, 0), (0, 0, 0))
+        return NOTHING
     origin, step = np.array(answer.patch.origin), np.array(answer.patch.step)
     start = np.floor(origin + (np.array(extent.start) - 1) * step).astype(int).tolist()
     stop = (np.ceil(origin + np.array(extent.stop) * step).astype(int) + 1).tolist()
@@ -608,10 +754,6 @@ def _samples(newest: Evidence, patch: Patch) -> list[tuple[int, int, int]]:
     return samples
 
 
-def _positive(evidence: Evidence) -> Sequence[Ijk]:
-    return [ijk for ijk, sign in evidence.clicks if sign > 0]
-
-
 def _to(prompts: PatchPrompts, device: torch.device) -> PatchPrompts:
     tensors = {name: getattr(prompts, name).to(device) for name in PatchPrompts.__slots__}
     return PatchPrompts(**tensors)
@@ -621,16 +763,32 @@ def _minus(ijk: Ijk) -> Ijk:
     return -ijk[0], -ijk[1], -ijk[2]
 
 
-def _read_prompts(path: Path) -> dict[str, Any]:
+def _parse(saved: object) -> tuple[tuple[str, ...], str, tuple[Step, ...]]:
+    """Names, selection and steps of `Session.to_json`; PromptError where it is something else."""
+    match saved:
+        case {"format": format_, "objects": [*names], "selected": str(selected), "steps": [*steps]} if (
+            format_ == FORMAT and selected and all(isinstance(name, str) and name for name in names)
+        ):
+            return tuple(names), selected, tuple(Step.from_json(step) for step in steps)
+        case {"format": format_} if format_ != FORMAT:
+            message = (
+                f"prompts must be saved in format {FORMAT}, got format {_short(format_)}. Use the version it is of."
+            )
+        case _:
+            message = (
+                'prompts must be saved as an object with "format", "objects", "selected" and "steps", got '
+                f"{_short(saved)}. Save them with Session.save."
+            )
+    raise PromptError(message)
+
+
+def _read_json(path: Path) -> Any:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        known = saved["format"] == FORMAT and all({"object", "prompt"} <= entry.keys() for entry in saved["prompts"])
-        known = known and all({"name", "locked"} <= entry.keys() for entry in saved["objects"]) and saved["selected"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{path.name!r} must be a prompts file that Session.save wrote: {error!r}."
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{path.name!r} must be a prompts file that Session.save wrote: {error}."
         raise PromptError(message) from error
-    if not known:
-        message = f"{path.name!r} must be a prompts file of format {FORMAT}, got {saved.get('format')!r}."
-        raise PromptError(message)
-    result: dict[str, Any] = saved
-    return result
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)  # a damaged file may hold megabytes
