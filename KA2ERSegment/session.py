@@ -466,7 +466,8 @@ class Session:
         centre = (np.array(extent.start) + np.array(extent.stop) - 1) / 2
         least = ((np.array(extent.stop) - np.array(extent.start)) * canonical.spacing).max() * 1.3
         plans = self.bundle.plans
-        sides = [max(side, least, 8 * min(canonical.spacing)) for side in plans.zooms_mm]
+        most = (np.array(canonical.shape_ijk) * canonical.spacing).max()
+        sides = [max(min(side, most), least, 8 * min(canonical.spacing)) for side in plans.zooms_mm]
         answers = [
             self._decode(Patch.cube(centre, side, canonical.spacing, plans.patch_size), evidence, None, newest)
             for side in dict.fromkeys(sides)
@@ -679,15 +680,19 @@ def _fits(patch: Patch, newest: Evidence) -> bool:
 
 
 def _trust(answer: Answer) -> float:
-    """How much an answer to a first click is worth: expected Dice, less where the object is a dot or is cut off."""
+    """How much an answer to a first click is worth: the Dice to expect if its probabilities are right.
+
+    E[Dice] is about 2 sum(p m) / (sum(p) + sum(m)) for a mask m; less where the object is a dot or is cut off.
+    """
     mask = answer.logits > 0
     extent = Box.around(mask)
     if extent is None:
         return -1.0
-    share = max(extent.shape_kji) / answer.patch.size
-    small = min(1.0, share / 0.2)
+    probability = 1 / (1 + np.exp(-answer.logits))
+    expected = 2 * float(probability[mask].sum()) / (float(probability.sum()) + int(mask.sum()))
+    small = min(1.0, max(extent.shape_kji) / mask.shape[0] / 0.2)
     cut = sum(float(face.mean()) for face in _faces(mask))
-    return answer.quality * small - 0.3 * min(1.0, cut)
+    return expected * small - 0.3 * min(1.0, cut)
 
 
 def _regrown(answer: Answer, evidence: Evidence, former: Answer | None, volume: Volume, margin: float) -> Patch | None:
