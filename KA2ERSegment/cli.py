@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from KA2ERSegment.bundle import Bundle
+    from KA2ERSegment.prediction import ExpertOpinion, Prediction
     from KA2ERSegment.prompts import Prompt
-    from KA2ERSegment.session import ExpertOpinion, Prediction, Session
+    from KA2ERSegment.session import Session
     from KA2ERSegment.volume import Volume
 
 FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
@@ -69,7 +70,9 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="Where the networ
 def segment(
     image: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MHA file, or a folder with one DICOM series.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Mask file: .nii.gz, .nrrd, .mha or .seg.nrrd.")],
-    object_name: Annotated[str, typer.Option("--object", help="Name of the object.")] = "object",
+    object_name: Annotated[
+        str | None, typer.Option("--object", help="Name of the object that the box and points are for.")
+    ] = None,
     box: Annotated[
         str | None,
         typer.Option("--box", help="I0,J0,K0,I1,J1,K1 in voxels, half-open; with --ras two opposite corners in mm."),
@@ -126,7 +129,7 @@ def segment(
                 session.set_volume(volume)
             else:
                 session = Session.replay(prompts, volume, loaded, device=device.value)
-            prediction = _predict(session, new, object_name, chosen=prompts is None or bool(new))
+            prediction = _predict(session, new, object_name or (session.selected if prompts else "object"))
         seconds = time.perf_counter() - begin
         weights: dict[str, float] = {}
         if confidence is not None:
@@ -430,16 +433,15 @@ def _prompts_of(
     return prompts
 
 
-def _predict(session: Session, new: list[Prompt], name: str, *, chosen: bool) -> Prediction:
-    """The prediction after the new prompts; those of a file only keep the file's own selected object."""
-    if chosen:
-        session.select(name)
+def _predict(session: Session, new: list[Prompt], name: str) -> Prediction:
+    """The prediction after the new prompts; without any, what a file's prompts gave."""
+    session.select(name)
     for prompt in new:
         session.add(prompt)
     prediction = session.prediction
     if prediction is None:
         message = (
-            "the prompt file must hold at least one prompt for its selected object, got none. Add one with --point."
+            f"object {name!r} must have at least one prompt, got none. Add one with --point, or name another --object."
         )
         raise KA2ERError(message)
     return prediction

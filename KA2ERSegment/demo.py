@@ -23,7 +23,7 @@ from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt
 from KA2ERSegment.volume import Volume
 
 if TYPE_CHECKING:
-    from KA2ERSegment.session import Prediction
+    from KA2ERSegment.prediction import Prediction
 
 STRUCTURE = "white matter"
 CORRECTIONS = 1

@@ -4,6 +4,19 @@ The one file of the library that may import slicer: `vtkImageGrowCutSegment` is 
 that name in Slicer's Segment Editor, here from the package `slicer-core` (extra `slicer`). The filter labels each
 voxel by the seed from which it is reached over the least change of intensity; what matters is where the seeds are.
 Prompts become the seeds that a user of Slicer would paint with the same knowledge, see `GrowCut`.
+
+It must be no straw man, so the seeds were tuned on items of split `train`, by Dice AUC (at most 4) as mean over
+their sources:
+
+    box, 69 objects       box_core 0.25, 0.5, 0.7: 2.29, 2.31, 2.20; click_radius 1, 2, 3: 2.28, 2.31, 2.32
+    box, 53 objects       locality 0.005, 0.02: 2.38, 2.37; no core once there is a positive click: 2.14
+    box, 38 objects       plain core 2.33; core_spread 2, 1: 2.35, 2.37; and wipe 0.25, 0.35, 0.5: 2.40, 2.39, 2.36;
+                          and box_core 0.35 with wipe 0.25: 2.41
+    clicks, 53 objects    reach 5, 7, 10, 15, 20, 30: 1.42, 1.38, 1.28, 1.15, 1.04, 0.98;
+                          growth 1.5, 2 from 7: 1.40, 1.24 (from 5: 1.33, 1.17)
+
+Reach 5 alone scores best with clicks because small objects are many; it can never leave an object of 20 mm, so
+reach 7 that grows, the best for large and small ones together, was taken.
 """
 
 from __future__ import annotations
@@ -26,31 +39,51 @@ _SHELL = 2
 class GrowCut:
     """Grow from seeds: prompts in, mask out, with the verbs that `evaluation` asks for.
 
-    - A positive box: everything just outside it is background, and the ellipsoid in its middle is object.
+    - A positive box: everything just outside it is background. The ellipsoid in its middle is object where its
+      intensity is near to its median, as a brush with an intensity range would paint it, and is wiped around a
+      negative click, which says that the guess was wrong there.
     - A click: a ball of its polarity, as a brush leaves it; a later prompt paints over an earlier one.
-    - Without a box: a frame around all clicks, `reach` mm away, is background. Where a side of the frame would lie
-      outside the volume there is none; where all would, the border of the volume takes its place.
+    - Without a box: a frame around all clicks, `reach` mm away, is background. Every positive click after the first
+      says that the object is larger than thought, and moves the frame farther out. Where a side of the frame would
+      lie outside the volume there is none; where all would, the border of the volume takes its place.
     - Scribbles, lassos and masks are seeds as they are.
 
     Args:
         click_radius: of the ball of a click, in voxels of the finest axis (so it is round in mm).
         box_core: axes of the ellipsoid in the middle of a box, as a share of the box's edges.
-        reach: mm from a click to the frame where there is no box.
+        core_spread: how near to the median, in robust standard deviations of the ellipsoid.
+        wipe: radius around a negative click, as a share of the box's shortest edge.
+        reach: mm from the first click to the frame where there is no box.
+        growth: factor on the reach for each further positive click.
         locality: Slicer's "seed locality": what a distance of 1 mm counts for, as a share of the range of intensities
             (1st to 99th percentile of what is computed, so that CT and MR are treated alike).
     """
 
     def __init__(
-        self, click_radius: float = 2.0, box_core: float = 0.5, reach: float = 10.0, locality: float = 0.01
+        self,
+        *,
+        click_radius: float = 2.0,
+        box_core: float = 0.35,
+        core_spread: float = 1.0,
+        wipe: float = 0.25,
+        reach: float = 7.0,
+        growth: float = 1.5,
+        locality: float = 0.01,
     ) -> None:
         self._filter_class = _filter_class()
         self._click_radius = click_radius
         self._box_core = box_core
+        self._core_spread = core_spread
+        self._wipe = wipe
         self._reach = reach
+        self._growth = growth
         self._locality = locality
         self._volume: Volume | None = None
         self._prompts: tuple[Prompt, ...] = ()
-        settings = f"click_radius={click_radius}, box_core={box_core}, reach={reach}, locality={locality}"
+        settings = (
+            f"click_radius={click_radius}, box_core={box_core}, core_spread={core_spread}, wipe={wipe}, "
+            f"reach={reach}, growth={growth}, locality={locality}"
+        )
         self.identity = f"growcut (slicer-core {metadata.version('slicer-core')}, {settings})"
 
     def start(self, volume: Volume) -> None:
@@ -81,9 +114,11 @@ class GrowCut:
         """The part of the volume that is computed; the seeds around it end in it."""
         region: Box | None = None
         boxed = self._has_box()
+        positive = sum(prompt.polarity is Polarity.POSITIVE for prompt in self._prompts)
+        reach = self._reach * self._growth ** max(0, positive - 1)
         for prompt in self._prompts:
             covered, _ = prompt.region(volume)
-            box = covered.dilate(_SHELL) if boxed else _dilate_mm(covered, self._reach, volume)
+            box = covered.dilate(_SHELL) if boxed else _dilate_mm(covered, reach, volume)
             region = box if region is None else region.union(box)
         if region is None:
             message = "there must be a prompt before anything can grow."
@@ -118,11 +153,23 @@ class GrowCut:
             radius = self._click_radius * min(volume.spacing)
             return _ellipsoid((i, j, k), tuple(radius / s for s in volume.spacing))
         if isinstance(prompt, BoxPrompt) and prompt.polarity is Polarity.POSITIVE:
-            box = prompt.box(volume)
-            middle = tuple((a + b - 1) / 2 for a, b in zip(box.start, box.stop, strict=True))
-            radii = tuple(max(0.5, self._box_core * (b - a) / 2) for a, b in zip(box.start, box.stop, strict=True))
-            return _ellipsoid(middle, radii)
+            return self._core(prompt.box(volume), volume)
         return prompt.region(volume)
+
+    def _core(self, box: Box, volume: Volume) -> tuple[Box, BoolArray]:
+        """What to paint for a box of which nothing more is known: its middle, less what is unlike or was denied."""
+        middle = tuple((a + b - 1) / 2 for a, b in zip(box.start, box.stop, strict=True))
+        edges = tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
+        core, inside = _clip(*_ellipsoid(middle, tuple(max(0.5, self._box_core * e / 2) for e in edges)), volume.box)
+        intensity = core.crop(volume.array_kji).astype(np.float64)
+        unlike = np.abs(intensity - np.median(intensity[inside]))
+        inside &= unlike <= self._core_spread * 1.4826 * np.median(unlike[inside])  # 1.4826: as a standard deviation
+        radius = self._wipe * min(e * s for e, s in zip(edges, volume.spacing, strict=True))
+        for prompt in self._prompts:
+            if isinstance(prompt, PointPrompt) and prompt.polarity is Polarity.NEGATIVE:
+                ball, denied = _clip(*_ellipsoid(prompt.ijk(volume), tuple(radius / s for s in volume.spacing)), core)
+                inside[_local(ball, core).slices][denied] = False
+        return core, inside
 
 
 def _filter_class() -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from KA2ERSegment.session import ExpertOpinion
+    from KA2ERSegment.prediction import ExpertOpinion
 
 _INK, _PAPER, _FAINT = "#e8eaed", "#15181c", "#9aa0a6"
 _MASK, _REFERENCE, _BOX = "#ffd23f", "#4cc9f0", "#ff9e64"
