@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from KA2ERSegment.amalgamation import STRIDES, Amalgamation
+from KA2ERSegment.convolution import QuickConvolution
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
 from KA2ERSegment.mask_decoder import Decoded, MaskDecoder
@@ -90,19 +91,19 @@ class PromptableModel(nn.Module):
             image: (B, 2, S, S, S) from `preprocessing.normalise`.
             present: (B, K+1) bool, arms to use; all of them by default.
         """
-        zscore = image[:, :1]
-        foundation = self.foundation(zscore)
-        experts = []
-        with torch.no_grad():
-            for expert in self.experts.values():
-                features = expert(zscore)
-                experts.append({stride: features[stride] for stride in STRIDES})
         if present is None:
             present = torch.ones(len(image), len(self.arms), dtype=torch.bool, device=image.device)
-        embedding, weights = self.amalgamate(foundation, experts, present)
-        return PatchFeatures(
-            image, edge_costs(image), self.stem(image), foundation, experts, embedding, weights, present
-        )
+        zscore = image[:, :1]
+        experts = []
+        with QuickConvolution():
+            foundation = self.foundation(zscore)
+            with torch.no_grad():
+                for expert in self.experts.values():
+                    features = expert(zscore)
+                    experts.append({stride: features[stride] for stride in STRIDES})
+            embedding, weights = self.amalgamate(foundation, experts, present)
+            stem = self.stem(image)
+        return PatchFeatures(image, edge_costs(image), stem, foundation, experts, embedding, weights, present)
 
     def amalgamate(
         self, foundation: dict[int, Tensor], experts: list[dict[int, Tensor]], present: Tensor
@@ -121,7 +122,8 @@ class PromptableModel(nn.Module):
         maps = dense_maps(features.image, features.edges, prompts)
         tokens, ignore = self.prompt_encoder(prompts, features.image.shape[-1])
         skips = (features.foundation[4], features.foundation[2], features.stem)
-        decoded: Decoded = self.mask_decoder(features.embedding, skips, tokens, ignore, maps)
+        with QuickConvolution():
+            decoded: Decoded = self.mask_decoder(features.embedding, skips, tokens, ignore, maps)
         return decoded
 
     def only(self, features: PatchFeatures, arm: int) -> PatchFeatures:

@@ -1,0 +1,61 @@
+"""3D convolutions on a CPU, several times quicker than PyTorch's own choice for patches as small as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_OPTIONS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+"""Of `torch.conv3d` after image and weight, in its order."""
+
+
+class QuickConvolution(TorchFunctionMode):
+    """Within it, 3D convolutions of float32 on a CPU go to oneDNN, whatever the size of the image.
+
+    PyTorch asks oneDNN only where batch x channels x depth x height is above 20480 (`ConvParams::use_mkldnn` in
+    aten/src/ATen/native/Convolution.cpp); below it takes a routine for any machine, which needs 57 ms instead of 4.5
+    for 16 channels on 32^3, one thread. The results agree to float32 rounding. A mode and not a layer of our own:
+    the experts' layers are made by nnU-Net's library. To be deleted once PyTorch drops that rule.
+
+    Inert on other devices, on builds without oneDNN and where gradients are recorded.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Called by PyTorch in the place of each of its functions."""
+        kwargs = kwargs or {}
+        if func is torch.conv3d and not kwargs and len(args) >= 2 and _fits_onednn(args[0], args[1]):
+            option: dict[str, Any] = {**_OPTIONS, **dict(zip(_OPTIONS, args[2:], strict=False))}
+            stride, padding, dilation = (option[key] for key in ("stride", "padding", "dilation"))
+            if not isinstance(padding, str):
+                padding, stride, dilation = _triple(padding), _triple(stride), _triple(dilation)
+                return torch.mkldnn_convolution(
+                    args[0], args[1], option["bias"], padding, stride, dilation, option["groups"]
+                )
+        return func(*args, **kwargs)
+
+
+def _fits_onednn(image: torch.Tensor, weight: torch.Tensor) -> bool:
+    onednn: Any = torch.backends.mkldnn  # no types
+    return bool(
+        image.device.type == "cpu"
+        and image.dtype == weight.dtype == torch.float32
+        and image.ndim == 5
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled()
+        and onednn.is_available()
+        and onednn.enabled
+    )
+
+
+def _triple(value: Any) -> tuple[int, int, int]:
+    i, j, k = value if isinstance(value, (tuple, list)) else (value,) * 3
+    return int(i), int(j), int(k)
