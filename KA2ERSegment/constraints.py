@@ -91,7 +91,8 @@ def honour(
         logits: (K, J, I) float32 on the box's voxels; changed in place.
         box: of the crop, on the canonical volume; outside it the mask is empty.
         patch: the logits came from; its step sets the balls' size.
-        clicks: voxel and sign (+1 or -1), oldest first; no voxel with both signs. Those outside the box do not count.
+        clicks: voxel and sign (+1 or -1), oldest first; no voxel with both signs. One outside the box bends nothing,
+            but what it reaches is kept free of specks.
         blocked: (K, J, I), voxels that belong to somebody else for good; no positive click lies on one.
 
     Returns:
@@ -100,6 +101,7 @@ def honour(
     if blocked is None:
         blocked = np.zeros(logits.shape, dtype=bool)
     radius = _radius(patch)
+    reaches = [click_reach(patch, ijk).intersect(box) for ijk, _ in clicks]  # also of clicks beside the crop
     clicks = [(ijk, sign) for ijk, sign in clicks if box.contains(ijk)]
     for ijk, sign in clicks:
         _bend(logits, box, ijk, sign, _opposing(clicks, sign), radius)
@@ -107,8 +109,7 @@ def honour(
     for ijk, sign in clicks:
         if _part_size(mask, box, ijk) < SPECK:
             _stamp_ball(mask, box, ijk, sign, _opposing(clicks, sign), radius, blocked)
-    for ijk, _ in clicks:
-        near = click_reach(patch, ijk).intersect(box)
+    for near in reaches:
         remove_specks(mask, box, near, [at for at, sign in clicks if sign > 0])
         _fill_holes(mask, box, near, [at for at, sign in clicks if sign < 0], blocked)
     return mask
@@ -138,6 +139,8 @@ def _fill_holes(mask: BoolArray, box: Box, near: Box, keep: Iterable[Ijk], block
 def _flip_specks(
     mask: BoolArray, box: Box, near: Box, value: bool, keep: Iterable[Ijk], stay: BoolArray | None
 ) -> None:
+    if near.size == 0:
+        return
     # A component that reaches into `near` and is cut off by this window has SPECK voxels within the window alone, so
     # each that looks small is seen whole.
     outer = near.dilate(SPECK).intersect(box)

@@ -426,7 +426,7 @@ class Session:
             return replace(answer, logits=np.minimum(answer.logits, np.float32(-MARGIN)))
         if evidence.box is not None and evidence.flat is None:  # a 3D box bounds the object
             return answer
-        for _ in range(3):
+        for _ in range(4):
             patch = _regrown(answer, evidence, own.answer, self._require_volume()[1], plans.margin)
             if patch is None:
                 break
