@@ -21,12 +21,16 @@ MAPS = 8
 """Channels of `dense_maps`."""
 PRIOR = 5
 """Channel of the geodesic prior among them."""
-STEP_COST = 0.02
+STEP_COST = 0.002
 """Geodesic length of one sample in a flat image, in units of grey-value rank (0..1)."""
-BORDER_START = 0.25
+BORDER_START = 0.4
 """Head start in geodesic length that real seeds have over the patch's border, which only might be background."""
-CORE_START = 0.10
-"""The same for the core of a box, which only might be foreground."""
+CORE_START = 0.2
+"""The same for the core of a box, which only might be foreground, and for the outside of a box.
+
+These three and the smoothing in `edge_costs` were chosen on real images with the prior alone, box and four clicks:
+mean Dice after the last one rose from 0.565 (0.02, 0.25, 0.1, no smoothing) to 0.629.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +107,13 @@ def edge_costs(image: Tensor) -> Tensor:
     """Geodesic length from each sample to its next along K, J and I; (B, 3, S, S, S), the last plane unused.
 
     Args:
-        image: (B, 2, S, S, S), normalised; channel 1, the rank, is what counts.
+        image: (B, 2, S, S, S), normalised; channel 1, the rank, is what counts, averaged over 3^3 samples first
+            (noise would make every path long).
     """
-    rank = image[:, 1]
+    rank = F.pad(image[:, 1:], [1] * 6, mode="replicate")
+    for axis in range(3):  # one axis at a time, which is a third of the work
+        rank = F.avg_pool3d(rank, [3 if a == axis else 1 for a in range(3)], stride=1)
+    rank = rank[:, 0]
     costs = torch.full_like(rank, STEP_COST)[:, None].repeat(1, 3, 1, 1, 1)
     for axis in range(3):
         costs[:, axis].narrow(axis + 1, 0, rank.shape[axis + 1] - 1).add_(rank.diff(dim=axis + 1).abs())
