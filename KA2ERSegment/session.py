@@ -692,7 +692,7 @@ def _trust(answer: Answer) -> float:
     expected = 2 * float(probability[mask].sum()) / (float(probability.sum()) + int(mask.sum()))
     small = min(1.0, max(extent.shape_kji) / mask.shape[0] / 0.2)
     cut = sum(float(face.mean()) for face in _faces(mask))
-    return expected * small - 0.3 * min(1.0, cut)
+    return float(expected * small - 0.3 * min(1.0, cut))
 
 
 def _regrown(answer: Answer, evidence: Evidence, former: Answer | None, volume: Volume, margin: float) -> Patch | None:

@@ -1024,11 +1024,11 @@ def test_experts_share_the_decision_inside_the_patch_and_have_none_outside(
 
 
 def test_experts_of_a_former_volume_cannot_be_asked(
-    a_session: Session, a_volume: Volume, an_oblique_volume: Volume
+    a_tiny_session: Session, a_volume: Volume, an_oblique_volume: Volume
 ) -> None:
-    prediction = a_session.add(PointPrompt.from_ijk(INSIDE, a_volume))
+    prediction = a_tiny_session.add(PointPrompt.from_ijk(INSIDE, a_volume))
     known = prediction.experts["foundation"]
-    a_session.set_volume(an_oblique_volume)
+    a_tiny_session.set_volume(an_oblique_volume)
     with pytest.raises(SessionStateError, match="while its volume is the session's"):
         prediction.experts["tiny_brain"]
     assert prediction.experts["foundation"] is known
@@ -1043,6 +1043,7 @@ def a_busy_session(session: Session, volume: Volume, mask: np.ndarray) -> None:
     session.select("liver")
     session.add(BoxPrompt.from_ijk((6, 7, 3), (19, 18, 10), volume))
     session.add(PointPrompt.from_ijk((9, 10, 4), volume, NEGATIVE))
+    session.add(PointPrompt.from_ijk(INSIDE, volume))
     session.lock()
     session.select("spleen")
     session.add(LassoPrompt.from_ijk([(14, 10, 6), (22, 11, 6), (17, 19, 6)], volume))
@@ -1155,8 +1156,8 @@ GOOD: dict[str, Any] = {"format": 1, "objects": ["liver"], "selected": "liver", 
         ([], "must be saved as an object"),
         (None, "must be saved as an object"),
         ({}, "must be saved as an object"),
-        ({**GOOD, "format": 2}, "must be in format 1, got 2"),
-        ({**GOOD, "format": [1]}, "must be in format 1"),
+        ({**GOOD, "format": 2}, "must be saved in format 1, got format 2"),
+        ({**GOOD, "format": [1]}, "must be saved in format 1"),
         ({k: v for k, v in GOOD.items() if k != "steps"}, "must be saved as an object"),
         ({k: v for k, v in GOOD.items() if k != "objects"}, "must be saved as an object"),
         ({k: v for k, v in GOOD.items() if k != "selected"}, "must be saved as an object"),
