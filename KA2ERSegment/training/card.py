@@ -1,15 +1,21 @@
-"""The bundle that a training run leaves, with a model card made from what was really used."""
+"""The bundle that a training run leaves, with a model card made from what was really used.
+
+`python -m KA2ERSegment.training.card BUNDLE --results FOLDER...` writes what `ka2ersegment evaluate` measured into it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from torch import Tensor
 
-from KA2ERSegment.bundle import Bundle, save_bundle
+from KA2ERSegment.bundle import CARD, CHECKSUMS, PLANS, WEIGHTS, Bundle, load_bundle, save_bundle
 from KA2ERSegment.plans import Plans
 from KA2ERSegment.training.items import TrainingItem
 
@@ -86,3 +92,57 @@ maps). Expect the least there.
 - The patch has {plans.patch_size} samples along each side: the border of a large object is coarser than the voxels.
 - The confidence maps are not calibrated.
 """
+
+
+RESULTS = "## What it reaches"
+
+
+def with_results(card: str, summaries: Sequence[Path]) -> str:
+    """The card with a section on the results of `ka2ersegment evaluate`, one table for each `summary.json`.
+
+    A former section of that name is replaced.
+    """
+    tables = []
+    for path in summaries:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        settings, sources = summary["settings"], summary["sources"]
+        prompts = "box, then five clicks" if settings["with_box"] else "five clicks, no box"
+        most = settings["max_objects_per_item"]
+        header = (
+            f"{settings['method'].split(' ')[0]}, split {settings['split']}, {prompts}"
+            f"{f', at most {most} objects of one item' if most else ''}:"
+        )
+        keys = ("box_dice", "dsc1", "dsc5", "dsc_auc", "nsd_auc")
+        rows = [(name, row["objects"], *(row[key] for key in keys)) for name, row in sources.items()]
+        means = [_mean([row[key] for row in sources.values()]) for key in keys]
+        rows.append(("**mean over sources**", sum(row["objects"] for row in sources.values()), *means))
+        lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+        titles = "| source | objects | Dice, box | Dice, 1 click | Dice, 5 clicks | DSC AUC (of 4) | NSD AUC (of 4) |"
+        tables.append("\n".join([header, "", titles, "|---|---|---|---|---|---|---|", *lines]))
+    return card.split(RESULTS)[0].rstrip() + f"\n\n{RESULTS}\n" + "\n\n".join(tables) + "\n"
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def add_results(
+    bundle: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The bundle's folder.")],
+    results: Annotated[list[Path], typer.Option(help="Folders that `ka2ersegment evaluate` wrote.")],
+) -> None:
+    """Write evaluation results into a bundle's model card; the weights stay the same."""
+    opened = load_bundle(bundle)
+    card = (bundle / CARD).read_text(encoding="utf-8")
+    others = [name for name in opened.checksums if name not in (CARD, CHECKSUMS, PLANS, WEIGHTS)]
+    licences = {name: (bundle / name).read_text(encoding="utf-8") for name in others}
+    text = with_results(card, [folder / "summary.json" for folder in results])
+    save_bundle(bundle, opened.plans, opened.weights(), text, licences)
+
+
+if __name__ == "__main__":
+    typer.run(add_results)
