@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import reprlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,37 +36,21 @@ from KA2ERSegment.constraints import (
     remove_specks,
 )
 from KA2ERSegment.errors import DeviceError, PromptError, SessionStateError
-from KA2ERSegment.geometry import BoolArray, Box, Ijk
+from KA2ERSegment.geometry import Box, Ijk
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.prediction import FloatImage, PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch, normalise, sample_image, upsample
 from KA2ERSegment.prompt_encoder import PatchPrompts
-from KA2ERSegment.prompts import PointPrompt, Polarity, Prompt, prompt_from_json
+from KA2ERSegment.prompts import PointPrompt, Polarity, Prompt
 from KA2ERSegment.rasterise import Evidence, mask_on_patch, patch_prompts
+from KA2ERSegment.steps import FORMAT, Step, parse_steps, read_steps_file
 from KA2ERSegment.volume import Volume
+from KA2ERSegment.zoom import Answer, fits, mask_faces, mask_voxels, regrown, trust
 
-FORMAT = 1
 FIRST_OBJECT = "object"
 HISTORY = 64
 """States kept: the present one and those that undo goes back to."""
 NOTHING = Box((0, 0, 0), (0, 0, 0))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The network's answer for one object on one patch.
-
-    Args:
-        patch: that it saw.
-        logits: (S, S, S) float32.
-        quality: expected Dice, 0..1.
-        prompts: as the network saw them.
-    """
-
-    patch: Patch
-    logits: FloatImage
-    quality: float
-    prompts: PatchPrompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +73,6 @@ class ObjectState:
     def positive_clicks(self) -> list[PointPrompt]:
         """Its clicks that no other object may take."""
         return [p for p in self.prompts if isinstance(p, PointPrompt) and p.polarity is Polarity.POSITIVE]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing done to an object. The steps so far are what `Session.save` writes and `Session.replay` does again.
-
-    Args:
-        name: of the object.
-        done: the prompt that it was given, or what else happened to it.
-    """
-
-    name: str
-    done: Prompt | Literal["lock", "unlock", "reset"]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `from_json`."""
-        what = {"do": self.done} if isinstance(self.done, str) else {"prompt": self.done.to_json()}
-        return {"object": self.name, **what}
-
-    @classmethod
-    def from_json(cls, entry: object) -> Step:
-        """The step that `to_json` described; PromptError for anything else."""
-        match entry:
-            case {"object": str(name), "prompt": prompt, **more} if name and not more:
-                return cls(name, prompt_from_json(prompt))
-            case {"object": str(name), "do": "lock" | "unlock" | "reset" as done, **more} if name and not more:
-                return cls(name, done)
-        message = (
-            'a step in JSON must have an "object" and either a "prompt" or, under "do", one of lock, unlock and '
-            f"reset; got {_short(entry)}. Save prompts with Session.save."
-        )
-        raise PromptError(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +324,7 @@ class Session:
         Raises:
             PromptError: a file that is no prompts file, or prompts that do not fit the volume.
         """
-        saved = _read_json(Path(path))
+        saved = read_steps_file(Path(path))
         session = cls(bundle, device)
         session.set_volume(volume)
         session.give(saved)
@@ -387,7 +338,7 @@ class Session:
             SessionStateError: no volume yet, or an object of that name is locked here.
         """
         self._require_volume()
-        names, selected, steps = _parse(saved)
+        names, selected, steps = parse_steps(saved)
         before = self._names, self._selected, self._history, self._now, self._changed
         try:
             for name in names:
@@ -416,7 +367,7 @@ class Session:
     def _answer(self, own: ObjectState, evidence: Evidence, newest: Evidence) -> Answer:
         """Choose patches and decode until the object fits its patch."""
         plans = self.bundle.plans
-        if own.answer is not None and newest.box is None and newest.start is None and _fits(own.answer.patch, newest):
+        if own.answer is not None and newest.box is None and newest.start is None and fits(own.answer.patch, newest):
             answer = self._decode(own.answer.patch, evidence, own.answer, newest)
         elif evidence.box is None and evidence.start is None and evidence.extent() is not None and own.answer is None:
             answer = self._first_click(evidence, newest)
@@ -427,7 +378,7 @@ class Session:
         if evidence.box is not None and evidence.flat is None:  # a 3D box bounds the object
             return answer
         for _ in range(4):
-            patch = _regrown(answer, evidence, own.answer, self._require_volume()[1], plans.margin)
+            patch = regrown(answer, evidence, own.answer, self._require_volume()[1], plans.margin)
             if patch is None:
                 break
             fitted = self._decode(patch, evidence, None, newest)
@@ -452,7 +403,7 @@ class Session:
             start[evidence.flat] = min(start[evidence.flat], middle - length / 2)
             stop[evidence.flat] = max(stop[evidence.flat], middle + length / 2)
         if before is not None and evidence.box is None:
-            found = _mask_faces(before)
+            found = mask_faces(before)
             if found is not None:
                 start, stop = np.minimum(start, found[0]), np.maximum(stop, found[1])
         plans = self.bundle.plans
@@ -472,7 +423,7 @@ class Session:
             self._decode(Patch.cube(centre, side, canonical.spacing, plans.patch_size), evidence, None, newest)
             for side in dict.fromkeys(sides)
         ]
-        return max(answers, key=_trust)
+        return max(answers, key=trust)
 
     def _decode(self, patch: Patch, evidence: Evidence, before: Answer | None, newest: Evidence) -> Answer:
         """One pass of prompt encoder and mask decoder; features come from the store where it has them."""
@@ -563,7 +514,7 @@ class Session:
         for _, state, _ in self._others():
             clicks += [(click.ijk(canonical), -1) for click in state.positive_clicks]
         clicks = list(dict.fromkeys(clicks))
-        candidates = _mask_voxels(answer).intersect(domain)
+        candidates = mask_voxels(answer).intersect(domain)
         box = candidates
         for ijk, sign in clicks:
             near = click_reach(answer.patch, ijk).dilate(SPECK).intersect(domain)
@@ -671,81 +622,6 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _fits(patch: Patch, newest: Evidence) -> bool:
-    """Whether the newest prompt lies well inside a patch (a negative one may lie anywhere)."""
-    regions = [box for box, _, sign in newest.regions if sign > 0]
-    clicks = [ijk for ijk, sign in newest.clicks if sign > 0]
-    inside = all(patch.contains(box.start) and patch.contains(np.array(box.stop) - 1) for box in regions)
-    return inside and all(patch.contains(ijk, inset=0.04) for ijk in clicks)
-
-
-def _trust(answer: Answer) -> float:
-    """How much an answer to a first click is worth: the Dice to expect if its probabilities are right.
-
-    E[Dice] is about 2 sum(p m) / (sum(p) + sum(m)) for a mask m; less where the object is a dot or is cut off.
-    """
-    mask = answer.logits > 0
-    extent = Box.around(mask)
-    if extent is None:
-        return -1.0
-    probability = 1 / (1 + np.exp(-answer.logits))
-    expected = 2 * float(probability[mask].sum()) / (float(probability.sum()) + int(mask.sum()))
-    small = min(1.0, max(extent.shape_kji) / mask.shape[0] / 0.2)
-    cut = sum(float(face.mean()) for face in _faces(mask))
-    return float(expected * small - 0.3 * min(1.0, cut))
-
-
-def _regrown(answer: Answer, evidence: Evidence, former: Answer | None, volume: Volume, margin: float) -> Patch | None:
-    """A better patch where the mask reaches its border or leaves most of it empty; None where it fits.
-
-    All positive prompts stay inside. A patch that an earlier prompt settled on is given up for a smaller one only
-    when most of it is empty: its features are there already.
-    """
-    found, extent = _mask_faces(answer), evidence.extent()
-    if found is None or extent is None:
-        return None
-    start = np.minimum(found[0], extent.start)
-    stop = np.maximum(found[1], extent.stop)
-    first, last = answer.patch.faces
-    reach = last - first
-    size = np.array(volume.shape_ijk, dtype=float)
-    faces = [float(face.mean()) for face in _faces(answer.logits > 0)]  # K, K, J, J, I, I
-    low = (np.array([faces[4], faces[2], faces[0]]) > 0.004) & (first > 0.5)
-    high = (np.array([faces[5], faces[3], faces[1]]) > 0.004) & (last < size - 0.5)
-    if low.any() or high.any():
-        start = np.where(low, np.maximum(np.minimum(start, first - 0.4 * reach), 0), start)
-        stop = np.where(high, np.minimum(np.maximum(stop, last + 0.4 * reach), size), stop)
-        return Patch.fit(start, stop, volume.spacing, answer.patch.size, 0.1)
-    settled = former is not None and former.patch == answer.patch
-    if ((stop - start) / reach).max() < (0.2 if settled else 0.4) and (np.array(answer.patch.step) > 0.5).any():
-        return Patch.fit(start, stop, volume.spacing, answer.patch.size, margin)
-    return None
-
-
-def _faces(mask: BoolArray) -> list[BoolArray]:
-    return [mask[0], mask[-1], mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]]
-
-
-def _mask_faces(answer: Answer) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
-    """Outer corners of the mask in continuous voxel index of the canonical volume (IJK)."""
-    extent = Box.around(answer.logits > 0)
-    if extent is None:
-        return None
-    origin, step = np.array(answer.patch.origin), np.array(answer.patch.step)
-    return origin + (np.array(extent.start) - 0.5) * step + 0.5, origin + (np.array(extent.stop) - 0.5) * step + 0.5
-
-
-def _mask_voxels(answer: Answer) -> Box:
-    """Voxels that can lie in the mask: between the positive samples and their neighbours."""
-    extent = Box.around(answer.logits > 0)
-    if extent is None:
-        return NOTHING
-    origin, step = np.array(answer.patch.origin), np.array(answer.patch.step)
-    start = np.floor(origin + (np.array(extent.start) - 1) * step).astype(int).tolist()
-    stop = (np.ceil(origin + np.array(extent.stop) * step).astype(int) + 1).tolist()
-    return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
-
-
 def _samples(newest: Evidence, patch: Patch) -> list[tuple[int, int, int]]:
     """Samples (K, J, I) of the newest clicks and regions; a region gives at most a hundred."""
     voxels = [np.array(ijk) for ijk, _ in newest.clicks]
@@ -766,34 +642,3 @@ def _to(prompts: PatchPrompts, device: torch.device) -> PatchPrompts:
 
 def _minus(ijk: Ijk) -> Ijk:
     return -ijk[0], -ijk[1], -ijk[2]
-
-
-def _parse(saved: object) -> tuple[tuple[str, ...], str, tuple[Step, ...]]:
-    """Names, selection and steps of `Session.to_json`; PromptError where it is something else."""
-    match saved:
-        case {"format": format_, "objects": [*names], "selected": str(selected), "steps": [*steps]} if (
-            format_ == FORMAT and selected and all(isinstance(name, str) and name for name in names)
-        ):
-            return tuple(names), selected, tuple(Step.from_json(step) for step in steps)
-        case {"format": format_} if format_ != FORMAT:
-            message = (
-                f"prompts must be saved in format {FORMAT}, got format {_short(format_)}. Use the version it is of."
-            )
-        case _:
-            message = (
-                'prompts must be saved as an object with "format", "objects", "selected" and "steps", got '
-                f"{_short(saved)}. Save them with Session.save."
-            )
-    raise PromptError(message)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        message = f"{path.name!r} must be a prompts file that Session.save wrote: {error}."
-        raise PromptError(message) from error
-
-
-def _short(value: object) -> str:
-    return reprlib.repr(value)  # a damaged file may hold megabytes
