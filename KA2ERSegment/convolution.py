@@ -36,11 +36,29 @@ class QuickConvolution(TorchFunctionMode):
             option: dict[str, Any] = {**_OPTIONS, **dict(zip(_OPTIONS, args[2:], strict=False))}
             stride, padding, dilation = (option[key] for key in ("stride", "padding", "dilation"))
             if not isinstance(padding, str):
+                weight = args[1]
+                if _is_channels_last(args[0]):  # else oneDNN would answer with channels first, and slowly
+                    weight = weight.contiguous(memory_format=torch.channels_last_3d)
                 padding, stride, dilation = _triple(padding), _triple(stride), _triple(dilation)
                 return torch.mkldnn_convolution(
-                    args[0], args[1], option["bias"], padding, stride, dilation, option["groups"]
+                    args[0], weight, option["bias"], padding, stride, dilation, option["groups"]
                 )
         return func(*args, **kwargs)
+
+
+def quick_layout(image: torch.Tensor) -> torch.Tensor:
+    """Channels last in memory where `QuickConvolution` works; the same values everywhere.
+
+    A decoder pass takes two thirds of the time: 50 instead of 85 ms for 24 to 8 channels on 64^3, one thread, and 3
+    instead of 15 ms to upsample 8 channels to there.
+    """
+    if image.device.type != "cpu" or torch.is_grad_enabled():
+        return image
+    return image.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _is_channels_last(image: torch.Tensor) -> bool:
+    return image.is_contiguous(memory_format=torch.channels_last_3d) and not image.is_contiguous()
 
 
 def _fits_onednn(image: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from KA2ERSegment.attention import Attention, sine_position
+from KA2ERSegment.convolution import quick_layout
 from KA2ERSegment.prompt_encoder import MAPS, PRIOR
 
 
@@ -87,6 +88,7 @@ class MaskDecoder(nn.Module):
         pyramid = {1: maps}
         for stride in (2, 4, 8):
             pyramid[stride] = _pool(pyramid[stride // 2])
+        pyramid = {stride: quick_layout(level) for stride, level in pyramid.items()}
         grid = embedding.shape[2:]
         image = (embedding + self.embed_maps(pyramid[8])).flatten(2).transpose(1, 2)  # (B, M, C)
         position = sine_position(grid, embedding.shape[1], embedding.device)
@@ -98,7 +100,7 @@ class MaskDecoder(nn.Module):
         x = image.transpose(1, 2).unflatten(2, grid)
         for stride, narrow, fuse, skip in zip((4, 2, 1), self.narrow, self.fuse, skips, strict=True):
             x = F.interpolate(narrow(x), scale_factor=2, mode="trilinear", align_corners=False)
-            x = fuse(torch.cat([x, skip, pyramid[stride].to(x.dtype)], dim=1))
+            x = fuse(torch.cat([x, quick_layout(skip), pyramid[stride].to(x.dtype)], dim=1))
         mask_token = tokens[:, 0]
         logits = torch.einsum("bc,bckji->bkji", self.token_to_filter(mask_token), x) / x.shape[1] ** 0.5
         logits = logits + self.bias(mask_token)[:, :, None, None] + self.prior_gain * maps[:, PRIOR]

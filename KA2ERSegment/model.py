@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from KA2ERSegment.amalgamation import STRIDES, Amalgamation
-from KA2ERSegment.convolution import QuickConvolution
+from KA2ERSegment.convolution import QuickConvolution, quick_layout
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
 from KA2ERSegment.mask_decoder import Decoded, MaskDecoder
@@ -102,7 +102,7 @@ class PromptableModel(nn.Module):
                     features = expert(zscore)
                     experts.append({stride: features[stride] for stride in STRIDES})
             embedding, weights = self.amalgamate(foundation, experts, present)
-            stem = self.stem(image)
+            stem = self.stem(quick_layout(image))
         return PatchFeatures(image, edge_costs(image), stem, foundation, experts, embedding, weights, present)
 
     def amalgamate(
