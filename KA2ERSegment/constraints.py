@@ -8,6 +8,7 @@ itself no speck, unless clicks of the other sign crowd it. Components and holes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,6 +74,31 @@ def remove_islands(logits: FloatImage, positive: BoolArray, share: float = 0.02)
     drop[np.unique(components[positive])] = False
     drop[0] = False
     return np.where(drop[components], np.minimum(-logits, -0.1), logits).astype(np.float32)
+
+
+def keep_in_box(logits: FloatImage, inside: BoolArray, positive: BoolArray) -> FloatImage:
+    """Nothing lies beyond a 3D box, but for what a hand misses: a twentieth of its extent, and a sample.
+
+    A positive prompt farther out takes the bound away: the user has said that the box is too small.
+
+    Args:
+        logits: (S, S, S).
+        inside: (S, S, S), samples in the box.
+        positive: (S, S, S), samples known to be inside the object.
+    """
+    box = Box.around(inside)
+    if box is None:
+        return logits
+    bounds = []
+    for axis in range(3):
+        start, stop = box.start[2 - axis], box.stop[2 - axis]
+        slack = 1 + math.ceil(0.05 * (stop - start))
+        bounds.append(slice(max(0, start - slack), stop + slack))
+    beyond = np.ones_like(inside)
+    beyond[tuple(bounds)] = False
+    if (positive & beyond).any():
+        return logits
+    return np.where(beyond, np.minimum(logits, np.float32(-MARGIN)), logits)
 
 
 def honour(

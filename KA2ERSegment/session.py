@@ -32,6 +32,7 @@ from KA2ERSegment.constraints import (
     click_reach,
     honour,
     keep_change_local,
+    keep_in_box,
     remove_islands,
     remove_specks,
 )
@@ -442,6 +443,8 @@ class Session:
         logits: FloatImage = decoded.logits[0].cpu().numpy()
         if before is not None and same and newest.box is None and newest.start is None:
             logits = keep_change_local(logits, before.logits, _samples(newest, patch))
+        if evidence.box is not None and evidence.flat is None:
+            logits = keep_in_box(logits, prompts.box[0].numpy(), prompts.positive[0].numpy())
         logits = remove_islands(logits, prompts.positive[0].numpy())
         return Answer(patch, logits, float(decoded.quality[0]), prompts)
 

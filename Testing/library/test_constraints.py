@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from KA2ERSegment.constraints import SPECK, click_reach, honour, keep_change_local, remove_islands, remove_specks
+from KA2ERSegment.constraints import (
+    SPECK,
+    click_reach,
+    honour,
+    keep_change_local,
+    keep_in_box,
+    remove_islands,
+    remove_specks,
+)
 from KA2ERSegment.geometry import Box
 from KA2ERSegment.preprocessing import Patch
 
@@ -199,3 +207,18 @@ def test_small_islands_go_unless_a_prompt_says_that_they_are_inside() -> None:
     alone = np.where(kept > 0, kept, -4.0).astype(np.float32)
     alone[15, 20, 20] = -4
     np.testing.assert_array_equal(remove_islands(alone, positive), alone)
+
+
+def test_nothing_leaks_out_of_a_box_until_a_click_says_so() -> None:
+    inside = np.zeros((20, 20, 20), dtype=bool)
+    inside[5:15, 5:15, 5:15] = True
+    nobody = np.zeros_like(inside)
+    everything = np.full(inside.shape, 2.0, dtype=np.float32)
+    bounded = keep_in_box(everything, inside, nobody)
+    outlier = nobody.copy()
+    outlier[10, 10, 19] = True
+
+    assert Box.around(bounded > 0) == Box((3, 3, 3), (17, 17, 17))  # a sample, and a twentieth of ten rounded up
+    assert (keep_in_box(everything, inside, inside) == bounded).all()
+    assert (keep_in_box(everything, inside, outlier) == everything).all()
+    assert (keep_in_box(everything, nobody, nobody) == everything).all()
