@@ -9,8 +9,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 OUTPUT ?= output
-# The current torch where there is a GPU, else the version that the tests ran with: a plain `torch` may bring
-# gigabytes of CUDA libraries to a machine that cannot use them.
+# The current torch where there is a GPU, else the version that the tests ran with. Which build of it, with CUDA or
+# without, is up to pip's index (see README).
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch,torch==2.13.0)
 export PYTHON TORCH
 

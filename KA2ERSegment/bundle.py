@@ -58,10 +58,15 @@ class Bundle:
         """
         data = _verified(self.folder, WEIGHTS, self.checksums[WEIGHTS])
         try:
-            return {name: tensor.float() for name, tensor in load(data).items()}
+            tensors = {name: tensor.float() for name, tensor in load(data).items()}
         except SafetensorError as error:
             message = f"bundle {self.folder.name!r}: {WEIGHTS} is no safetensors file: {error}"
             raise BundleError(message) from error
+        broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        if broken:
+            message = f"bundle {self.folder.name!r}: weights must be finite; {len(broken)} are not: {broken[:3]}."
+            raise BundleError(message)
+        return tensors
 
 
 def load_bundle(folder: str | os.PathLike[str] | None = None) -> Bundle:
@@ -89,6 +94,10 @@ def load_bundle(folder: str | os.PathLike[str] | None = None) -> Bundle:
         if name not in checksums:
             message = f"bundle {path.name!r}: {CHECKSUMS} does not list {name}. The bundle is incomplete."
             raise BundleError(message)
+    foreign = sorted(file.name for file in path.iterdir() if file.name not in checksums and file.name != CHECKSUMS)
+    if foreign:
+        message = f"bundle {path.name!r}: {CHECKSUMS} does not list {foreign[:3]}. Remove what is not the bundle's own."
+        raise BundleError(message)
     for name, expected in checksums.items():
         if name != WEIGHTS:
             _verified(path, name, str(expected))
@@ -209,7 +218,7 @@ def _sha256(path: Path) -> str:
 def _read_json(path: Path, bundle: str) -> dict[str, object]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"bundle {bundle!r}: {path.name} must be JSON: {error}"
         raise BundleError(message) from error
     if not isinstance(data, dict):

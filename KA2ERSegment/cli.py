@@ -1,7 +1,8 @@
 """The command line `ka2ersegment`. Imports that take time are inside the commands, so that help is quick.
 
 Exit codes: 0 done, 1 the run failed (one line says why), 2 wrong usage. With `--json` there is exactly one JSON
-document on stdout; messages and progress always go to stderr. Neither names volumes or patients.
+document on stdout; messages and progress always go to stderr. Neither holds voxels or anything of a DICOM
+header; an error names the file that was given.
 """
 
 from __future__ import annotations

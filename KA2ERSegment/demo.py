@@ -8,6 +8,7 @@ knows anatomy would give them, so that Dice can be printed after each of them.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,8 +125,8 @@ def run_demo(
     picture_of_prediction(files[2], volume, prediction.mask, prompts, prediction.experts, truth)
     i, j, k = inside
     command = (
-        f"ka2ersegment segment YOUR_IMAGE.nii.gz --output mask.nii.gz --box {_text(box.start)},{_text(box.stop)} "
-        f"--point {i},{j},{k}"
+        f"{Path(sys.argv[0])} segment YOUR_IMAGE.nii.gz --output mask.nii.gz "
+        f"--box {_text(box.start)},{_text(box.stop)} --point {i},{j},{k}"
     )
     return DemoResult(tuple(steps), tuple(files), command)
 

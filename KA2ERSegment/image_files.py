@@ -90,7 +90,7 @@ def _read_nifti(path: Path) -> tuple[AnyArray, FloatArray]:
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
     from nibabel.wrapstruct import WrapStructError
 
-    damaged = (OSError, EOFError, zlib.error, ValueError, KeyError, MemoryError)
+    damaged = (OSError, EOFError, zlib.error, ValueError, KeyError, MemoryError, OverflowError)
     damaged_header = (ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError)
     try:
         with path.open("rb") as file:
@@ -170,7 +170,8 @@ def _read_itk(path: Path) -> tuple[AnyArray, FloatArray]:
     except VolumeError:
         raise
     except (RuntimeError, OSError, zlib.error) as error:
-        if "spacing" in str(error) or "determinant" in str(error):  # ITK refuses these two before we see them
+        reason = str(error).replace(str(path), "")  # the file's own name may hold these words
+        if "spacing" in reason or "determinant" in reason:  # ITK refuses these two before we see them
             message = (
                 f"spacing must be above zero and axes not parallel in image {str(path)!r}. Repair the image's header."
             )

@@ -112,7 +112,7 @@ def sample_image(array_kji: npt.NDArray[Any], patch: Patch) -> tuple[Tensor, Ten
         crops.append(crop)
         weights.append(torch.from_numpy(weight))
         inside.append(torch.from_numpy(valid))
-    values = torch.from_numpy(np.ascontiguousarray(array_kji[tuple(crops)], dtype=np.float32))
+    values = torch.from_numpy(np.array(array_kji[tuple(crops)], dtype=np.float32, order="C"))
     values = torch.einsum("kc,abc->kab", weights[2], values)  # I: the axis with contiguous memory first
     values = torch.einsum("jb,kab->kja", weights[1], values)
     values = torch.einsum("ia,kja->ijk", weights[0], values)

@@ -11,7 +11,6 @@ to the volume's own axes.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import OrderedDict
@@ -44,7 +43,7 @@ from KA2ERSegment.preprocessing import Patch, normalise, sample_image, upsample
 from KA2ERSegment.prompt_encoder import PatchPrompts
 from KA2ERSegment.prompts import PointPrompt, Polarity, Prompt
 from KA2ERSegment.rasterise import Evidence, mask_on_patch, patch_prompts
-from KA2ERSegment.steps import FORMAT, Step, parse_steps, read_steps_file
+from KA2ERSegment.steps import FORMAT, Step, parse_steps, read_steps_file, write_steps_file
 from KA2ERSegment.volume import Volume
 from KA2ERSegment.zoom import Answer, fits, mask_faces, mask_voxels, regrown, trust
 
@@ -120,6 +119,9 @@ class Session:
 
     def set_volume(self, volume: Volume) -> None:
         """Work on another volume: prompts, masks, features and history of the former one are dropped. Cheap."""
+        if not isinstance(volume, Volume):
+            message = f"a session needs a Volume, got {type(volume).__name__}. Use Volume(array_kji, ijk_to_ras)."
+            raise SessionStateError(message)
         self._canonical = volume.canonical()
         self._volume = volume
         self._features.clear()
@@ -304,14 +306,7 @@ class Session:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompts as JSON; the file appears whole or not at all."""
-        target = Path(path)
-        scratch = target.with_name(f".{target.name}.partial")
-        text = json.dumps(self.to_json(), indent=1) + "\n"
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(target)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_steps_file(Path(path), self.to_json())
 
     @classmethod
     def replay(

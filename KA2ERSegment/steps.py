@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import reprlib
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +73,28 @@ def read_steps_file(path: Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         message = f"{path.name!r} must be a prompts file that Session.save wrote: {error}."
         raise PromptError(message) from error
+
+
+def write_steps_file(path: Path, saved: dict[str, Any]) -> None:
+    """Write what `Session.to_json` gives; the file appears whole or not at all.
+
+    Raises:
+        PromptError: the folder is missing, the disk full, or the path no plain file; nothing was changed.
+    """
+    text = json.dumps(saved, indent=1) + "\n"
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        if path.exists() and not path.is_file():
+            message = f"prompts must be saved to a plain file; {str(path)!r} is something else. Choose another name."
+            raise PromptError(message)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        message = f"prompts could not be saved to {str(path)!r}: {error.strerror}. Nothing was changed there."
+        raise PromptError(message) from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def _short(value: object) -> str:

@@ -64,7 +64,7 @@ def train(
     for expert, task in zip(plans.experts, tasks, strict=True):
         if stage in ("", expert.name) and not _weights(output, expert).exists():
             _train_expert(plans, expert, task, items, settings, output, resume, device, ranks, minutes)
-    if stage in ("", "promptable"):
+    if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
         _train_promptable(plans, tasks, items, settings, output, resume, device, ranks, minutes)
 
 
@@ -124,10 +124,12 @@ def _train_promptable(
     dataset = TargetDataset(items, sampling, module.seed, tasks)
     trainer = _fit(module, dataset, batch, output / "promptable", resume, device, ranks)
     if trainer.is_global_zero:
+        share = float(settings.get("shrink", 1.0))
+        module.model.mask_decoder.shrink(share)
         hardware = describe(trainer.strategy.root_device, ranks)
         about = (
             f"{module.global_step} steps of {batch * ranks} patches, {module.minutes_spent:.0f} minutes on {hardware}, "
-            f"after {settings['expert']['minutes']} minutes at most for each expert."
+            f"after the experts. The learnt part of the logits is scaled by {share:g} against the geodesic prior."
         )
         tensors = tensors_by_name(module.model)
         write_bundle(output / "bundle", plans, tensors, items, about, settings["share_alike"])

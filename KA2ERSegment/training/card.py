@@ -114,8 +114,6 @@ def with_results(card: str, summaries: Sequence[Path]) -> str:
         )
         keys = ("box_dice", "dsc1", "dsc5", "dsc_auc", "nsd_auc")
         rows = [(name, row["objects"], *(row[key] for key in keys)) for name, row in sources.items()]
-        means = [_mean([row[key] for row in sources.values()]) for key in keys]
-        rows.append(("**mean over sources**", sum(row["objects"] for row in sources.values()), *means))
         lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
         titles = "| source | objects | Dice, box | Dice, 1 click | Dice, 5 clicks | DSC AUC (of 4) | NSD AUC (of 4) |"
         tables.append("\n".join([header, "", titles, "|---|---|---|---|---|---|---|", *lines]))
@@ -124,11 +122,6 @@ def with_results(card: str, summaries: Sequence[Path]) -> str:
 
 def _cell(value: object) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def add_results(

@@ -318,3 +318,10 @@ def test_without_a_folder_the_shipped_bundle_is_meant(tmp_path: Path, monkeypatc
 
     inside = small(tmp_path / "checkout" / "KA2ERSegment" / "Resources" / "Models" / "ka2er-base")
     assert load_bundle().folder == inside.folder, "an installed package never takes a neighbour's bundle"
+
+
+def test_a_file_that_the_checksums_do_not_list_is_refused(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    (bundle.folder / "extra.py").write_text("print()")
+    with pytest.raises(BundleError, match=r"does not list \['extra.py'\]"):
+        load_bundle(bundle.folder)

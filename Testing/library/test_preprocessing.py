@@ -309,3 +309,11 @@ def test_a_patch_with_hardly_a_sample_inside_is_not_nan(count: int) -> None:
     inside.view(-1)[:count] = True
 
     assert normalise(values, inside).isfinite().all()
+
+
+def test_a_volume_of_one_voxel_along_a_flipped_axis_is_sampled() -> None:
+    array = np.arange(40 * 50, dtype=np.float32).reshape(40, 1, 50)[:, ::-1]
+    image, inside = sample_image(array, Patch((0.0, -3.0, 0.0), (1.0, 1.0, 1.0), 8))
+    assert image[2, 3, 5] == array[2, 0, 5]
+    assert inside[2, 3, 5]
+    assert not inside[2, 2, 5]

@@ -1140,10 +1140,24 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(PromptError, match="No space left"):
         a_session.save(target)
     assert target.read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.json"]
+
+
+def test_a_save_to_what_is_no_file_is_refused(a_session: Session, a_volume: Volume, tmp_path: Path) -> None:
+    a_session.add(PointPrompt.from_ijk(INSIDE, a_volume))
+    with pytest.raises(PromptError, match="plain file"):
+        a_session.save(tmp_path)
+    with pytest.raises(PromptError, match="could not be saved"):
+        a_session.save(tmp_path / "missing" / "prompts.json")
+
+
+def test_an_array_is_no_volume(a_session: Session, a_volume: Volume) -> None:
+    with pytest.raises(SessionStateError, match="needs a Volume, got ndarray"):
+        a_session.set_volume(a_volume.array_kji)  # type: ignore[arg-type]
+    assert a_session.volume is a_volume
 
 
 CLICK = {"object": "liver", "prompt": {"type": "point", "ras": [0.0, 0.0, 0.0], "polarity": "positive"}}

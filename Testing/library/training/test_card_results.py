@@ -17,7 +17,8 @@ def a_summary(folder: Path, box_dice: float | None) -> Path:
     row = {"objects": 3, "box_dice": box_dice, "dsc1": 0.5, "dsc5": 0.75, "dsc_auc": 2.5, "nsd_auc": 2.0}
     settings = {"method": "ka2er x@1", "split": "val", "with_box": box_dice is not None, "max_objects_per_item": 6}
     folder.mkdir()
-    (folder / "summary.json").write_text(json.dumps({"settings": settings, "sources": {"a/b": row, "c/d": row}}))
+    sources = {"a/b": row, "c/d": row, "mean over sources": {**row, "objects": 6}}  # as `evaluate` writes it
+    (folder / "summary.json").write_text(json.dumps({"settings": settings, "sources": sources}))
     return folder
 
 
@@ -29,7 +30,8 @@ def test_results_replace_former_ones_and_leave_the_weights_alone(tmp_path: Path)
     card = (after.folder / CARD).read_text()
 
     assert after.checksums["weights.safetensors"] == before.checksums["weights.safetensors"]
+    assert card.count("mean over sources") == 2
     assert card.count("## What it reaches") == 1
     assert "| a/b | 3 | 0.400 | 0.500 | 0.750 | 2.500 | 2.000 |" in card
-    assert "| **mean over sources** | 6 |  | 0.500 | 0.750 | 2.500 | 2.000 |" in card
+    assert "| mean over sources | 6 |  | 0.500 | 0.750 | 2.500 | 2.000 |" in card
     assert "box, then five clicks, at most 6 objects of one item" in card
