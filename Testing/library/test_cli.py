@@ -418,8 +418,7 @@ def test_demo_on_the_fake_session_writes_masks_and_a_picture(tmp_path: Path) -> 
 
 @pytest.fixture
 def real_bundle() -> Path:
-    if not (BUNDLE / "checksums.json").is_file():
-        pytest.skip("no bundle under Resources/Models/ka2er-base yet")
+    assert (BUNDLE / "checksums.json").is_file(), "the shipped bundle belongs under Resources/Models"
     return BUNDLE
 
 
