@@ -127,10 +127,16 @@ def run_demo(
     picture_of_prediction(files[2], volume, prediction.mask, prompts, prediction.experts, truth)
     i, j, k = inside
     command = (
-        f"{Path(sys.argv[0])} segment YOUR_IMAGE.nii.gz --output mask.nii.gz "
+        f"{_program()} segment YOUR_IMAGE.nii.gz --output mask.nii.gz "
         f"--box {_text(box.start)},{_text(box.stop)} --point {i},{j},{k}"
     )
     return DemoResult(tuple(steps), tuple(files), command)
+
+
+def _program() -> str:
+    """How this program was called, where that was by the name `ka2ersegment`: it may not be on the PATH."""
+    called = Path(sys.argv[0])
+    return str(called) if called.stem == "ka2ersegment" else "ka2ersegment"
 
 
 def _inside(truth: BoolArray) -> Ijk:

@@ -91,12 +91,13 @@ def test_box_around_a_thin_slab_at_the_border_works(a_phantom: tuple[Volume, Boo
 
 def test_rejected_prompts_change_nothing(a_phantom: tuple[Volume, BoolArray]) -> None:
     volume, _ = a_phantom
-    method = GrowCut()
+    method, untroubled = GrowCut(), GrowCut()
     with pytest.raises(SessionStateError, match="Call start first"):
         method.add(PointPrompt((0.0, 0.0, 0.0)))
-    method.start(volume)
-    first = method.add(PointPrompt.from_ijk((33, 28, 10), volume))
+    for each in (method, untroubled):
+        each.start(volume)
+        each.add(PointPrompt.from_ijk((33, 28, 10), volume))
     with pytest.raises(PromptError):
         method.add(PointPrompt((9000.0, 0.0, 0.0)))
-    again = method.add(PointPrompt.from_ijk((33, 28, 10), volume))
-    assert np.array_equal(first, again)
+    second = PointPrompt.from_ijk((30, 28, 10), volume)
+    assert np.array_equal(method.add(second), untroubled.add(second))

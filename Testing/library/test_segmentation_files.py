@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from contextlib import contextmanager
 
 import nibabel
 import numpy as np
@@ -261,24 +262,28 @@ def test_an_existing_file_is_replaced_with_force_only(tmp_path, name):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def a_full_disk():
-    """No file of this process may grow beyond 64 bytes, as with a full disk: the real writers really fail."""
+    """No file of this process may grow beyond 64 bytes, as with a full disk: the real writers really fail.
+
+    Only around the call itself: pytest's own output may be a file too.
+    """
     resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of a killed process
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_full_disk_leaves_the_old_file_and_no_half_file(tmp_path, name, request):
+def test_a_full_disk_leaves_the_old_file_and_no_half_file(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"old")
-    request.getfixturevalue("a_full_disk")
-    with pytest.raises(VolumeError, match="could not be written") as error:
+    with a_full_disk(), pytest.raises(VolumeError, match="could not be written") as error:
         write_segmentation(path, some_masks(), an_oblique_volume(), force=True)
     assert error.value.__cause__ is not None
     assert list(tmp_path.iterdir()) == [path]
@@ -325,12 +330,11 @@ def test_confidence_maps_are_float32_on_the_volumes_grid(tmp_path):
 
 
 @pytest.mark.parametrize("made", [False, True])
-def test_all_confidence_maps_are_written_or_none(tmp_path, made, request):
+def test_all_confidence_maps_are_written_or_none(tmp_path, made):
     folder = tmp_path / "maps"
     if made:
         folder.mkdir()
-    request.getfixturevalue("a_full_disk")
-    with pytest.raises(VolumeError, match="could not be written"):
+    with a_full_disk(), pytest.raises(VolumeError, match="could not be written"):
         write_confidence(folder, some_maps(), an_oblique_volume())
     assert folder.exists() == made
     assert not list(tmp_path.rglob("*.nii.gz"))
