@@ -132,7 +132,7 @@ def picture_of_dice_against_clicks(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8.5)
-    figure.savefig(Path(path), dpi=110)
+    figure.savefig(Path(path), dpi=110, bbox_inches="tight")  # long names of sources stay whole
 
 
 class _Scene:
