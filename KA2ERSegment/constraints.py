@@ -270,5 +270,4 @@ def _index(box: Box, ijk: Ijk) -> tuple[int, int, int]:
 
 
 def _view(array: npt.NDArray[Any], box: Box, part: Box) -> npt.NDArray[Any]:
-    i, j, k = box.start
-    return array[part.shift((-i, -j, -k)).slices]
+    return array[part.within(box).slices]

@@ -98,6 +98,11 @@ class Box:
         i1, j1, k1 = (b + d for b, d in zip(self.stop, ijk, strict=True))
         return Box((i0, j0, k0), (i1, j1, k1))
 
+    def within(self, other: Box) -> Box:
+        """This box in the voxel index of an array that was cut out of `other`: what indexes the crop."""
+        i, j, k = other.start
+        return self.shift((-i, -j, -k))
+
     def crop(self, array_kji: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """View of the part of a (K, J, I) array inside this box; the box must lie inside the array."""
         if self.intersect(Box.of_shape(array_kji.shape)) != self:

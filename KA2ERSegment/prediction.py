@@ -57,8 +57,8 @@ class PackedMask:
         out = np.zeros(box.shape_kji, dtype=bool)
         common = self.box.intersect(box)
         if common.size:
-            own = common.shift(_minus(self.box.start)).crop(self.unpack())
-            common.shift(_minus(box.start)).paste(own, out)
+            own = common.within(self.box).crop(self.unpack())
+            common.within(box).paste(own, out)
         return out
 
 
@@ -191,8 +191,3 @@ def _sigmoid(logits: FloatImage) -> FloatImage:
     logits += 1
     np.reciprocal(logits, out=logits)
     return logits
-
-
-def _minus(ijk: Ijk) -> Ijk:
-    i, j, k = ijk
-    return -i, -j, -k

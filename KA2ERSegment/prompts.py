@@ -207,7 +207,7 @@ class BoxPrompt:
             for normal, thickness in zip(normals, height, strict=True):
                 depth = from_corner @ normal + tie
                 inside &= (depth >= 0) & (depth < thickness)
-            mask[slab.shift(_minus(box.start)).slices] = inside
+            mask[slab.within(box).slices] = inside
         return _trimmed(box, mask, "BoxPrompt", volume)
 
     def to_json(self) -> dict[str, Any]:
@@ -730,11 +730,6 @@ def _tuples_to_ras(owner: str, ijk: npt.ArrayLike, volume: Grid) -> tuple[Ras, .
     return tuple((float(r), float(a), float(s)) for r, a, s in apply_affine(volume.ijk_to_ras, index))
 
 
-def _minus(ijk: Ijk) -> Ijk:
-    i, j, k = ijk
-    return -i, -j, -k
-
-
 def _box(start: IntArray, stop: IntArray) -> Box:
     i0, j0, k0 = (int(x) for x in start)
     i1, j1, k1 = (int(x) for x in stop)
@@ -870,7 +865,7 @@ def _stamp_capsules(
             offset = _centres(slab, volume) - start
             t = np.clip(offset @ along / square, 0, 1)
             offset -= t[..., None] * along
-            into = mask[slab.shift(_minus(reach.start)).slices]
+            into = mask[slab.within(reach).slices]
             into |= np.einsum("...r,...r->...", offset, offset) <= near * near
 
 

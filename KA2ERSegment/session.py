@@ -36,7 +36,7 @@ from KA2ERSegment.constraints import (
     remove_specks,
 )
 from KA2ERSegment.errors import DeviceError, PromptError, SessionStateError
-from KA2ERSegment.geometry import Box, Ijk
+from KA2ERSegment.geometry import Box
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.prediction import FloatImage, PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch, normalise, sample_image, upsample
@@ -524,7 +524,7 @@ class Session:
             common = other.packed.box.intersect(box)
             if common.size == 0:
                 continue
-            inside, theirs = common.shift(_minus(box.start)).slices, other.packed.on(common)
+            inside, theirs = common.within(box).slices, other.packed.on(common)
             if state.locked:
                 blocked[inside] |= theirs
             else:  # by how much this object is the more probable one
@@ -547,7 +547,7 @@ class Session:
                 continue
             box = other.packed.box
             rest = other.packed.unpack()
-            rest[common.shift(_minus(box.start)).slices] &= ~mine.on(common)
+            rest[common.within(box).slices] &= ~mine.on(common)
             near = lost.shift(common.start).dilate(1).intersect(box)
             remove_specks(rest, box, near, [click.ijk(canonical) for click in state.positive_clicks])
             reach = near.dilate(SPECK).intersect(box)
@@ -636,7 +636,3 @@ def _samples(newest: Evidence, patch: Patch) -> list[tuple[int, int, int]]:
 def _to(prompts: PatchPrompts, device: torch.device) -> PatchPrompts:
     tensors = {name: getattr(prompts, name).to(device) for name in PatchPrompts.__slots__}
     return PatchPrompts(**tensors)
-
-
-def _minus(ijk: Ijk) -> Ijk:
-    return -ijk[0], -ijk[1], -ijk[2]

@@ -150,3 +150,9 @@ def test_axes_at_45_degrees_are_still_a_permutation():
     matrix[:3, :3] = turned * [1, 2, 3]
     axes, _ = ras_axes(check_affine(matrix))
     assert sorted(axes) == [0, 1, 2]
+
+
+def test_a_box_within_another_indexes_what_the_other_cut_out():
+    array = np.arange(6 * 7 * 8).reshape(6, 7, 8)
+    outer, inner = Box((2, 1, 1), (8, 6, 5)), Box((3, 4, 2), (6, 6, 5))
+    assert np.array_equal(inner.within(outer).crop(outer.crop(array)), inner.crop(array))
