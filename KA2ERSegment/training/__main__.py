@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,22 @@ logger = logging.getLogger("KA2ERSegment")
 
 ACCELERATORS = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 """Lightning's word for each device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all stages of one call share: the config's settings and the options of `train`."""
+
+    settings: dict[str, Any]
+    output: Path
+    resume: bool
+    device: str
+    ranks: int
+    minutes: float
+
+    def budget(self, stage: str) -> dict[str, Any]:
+        """A stage's steps, minutes, batch and so on: the config's, with `--minutes` before it."""
+        return {**self.settings[stage], **({"minutes": self.minutes} if self.minutes else {})}
 
 
 def train(
@@ -61,11 +78,12 @@ def train(
         logger.info("packed %d items into %s", len(names), cache)
     items = [TrainingItem.load(path) for path in sorted(cache.glob("*.npz"))]
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
+    run = Run(settings, output, resume, device, ranks, minutes)
     for expert, task in zip(plans.experts, tasks, strict=True):
         if stage in ("", expert.name) and not _weights(output, expert).exists():
-            _train_expert(plans, expert, task, items, settings, output, resume, device, ranks, minutes)
+            _train_expert(run, plans, expert, task, items)
     if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
-        _train_promptable(plans, tasks, items, settings, output, resume, device, ranks, minutes)
+        _train_promptable(run, plans, tasks, items)
 
 
 def _task(expert: ExpertPlans, tasks: dict[str, Any]) -> ClassMap:
@@ -80,64 +98,41 @@ def _task(expert: ExpertPlans, tasks: dict[str, Any]) -> ClassMap:
     return ClassMap(expert.name, task["items"], task["classes"])
 
 
-def _train_expert(
-    plans: Plans,
-    expert: ExpertPlans,
-    task: ClassMap,
-    items: list[TrainingItem],
-    settings: dict[str, Any],
-    output: Path,
-    resume: bool,
-    device: str,
-    ranks: int,
-    minutes: float,
-) -> None:
-    options = {**settings["expert"], **({"minutes": minutes} if minutes else {})}
+def _train_expert(run: Run, plans: Plans, expert: ExpertPlans, task: ClassMap, items: list[TrainingItem]) -> None:
+    options = run.budget("expert")
     batch = options.pop("batch")
     own = [item for item in items if task.covers(item)]
     module = ExpertStage(expert, **options)
     sampling = SamplingOptions(plans.patch_size, plans.margin, lesions=0.0, parts=0.0, unions=0.0)
     dataset = TargetDataset(own, sampling, module.seed, [task])
-    trainer = _fit(module, dataset, batch, output / expert.name, resume, device, ranks)
+    trainer = _fit(module, dataset, batch, run.output / expert.name, run)
     if trainer.is_global_zero:
         weights = {name: tensor.detach().contiguous() for name, tensor in module.encoder_weights().items()}
-        save_file(weights, _weights(output, expert))
+        save_file(weights, _weights(run.output, expert))
     trainer.strategy.barrier()  # the next stage reads the file
 
 
-def _train_promptable(
-    plans: Plans,
-    tasks: list[ClassMap],
-    items: list[TrainingItem],
-    settings: dict[str, Any],
-    output: Path,
-    resume: bool,
-    device: str,
-    ranks: int,
-    minutes: float,
-) -> None:
-    options = {**settings["promptable"], **({"minutes": minutes} if minutes else {})}
+def _train_promptable(run: Run, plans: Plans, tasks: list[ClassMap], items: list[TrainingItem]) -> None:
+    options = run.budget("promptable")
     batch = options.pop("batch")
-    experts = {expert.name: load_file(_weights(output, expert)) for expert in plans.experts}
+    experts = {expert.name: load_file(_weights(run.output, expert)) for expert in plans.experts}
     module = PromptableStage(plans, experts, **options)
-    sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **settings["sampling"]})
+    sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
     dataset = TargetDataset(items, sampling, module.seed, tasks)
-    trainer = _fit(module, dataset, batch, output / "promptable", resume, device, ranks)
+    trainer = _fit(module, dataset, batch, run.output / "promptable", run)
     if trainer.is_global_zero:
-        share = float(settings.get("shrink", 1.0))
+        share = float(run.settings.get("shrink", 1.0))
         module.model.mask_decoder.shrink(share)
-        hardware = describe(trainer.strategy.root_device, ranks)
+        hardware = describe(trainer.strategy.root_device, run.ranks)
         about = (
-            f"{module.global_step} steps of {batch * ranks} patches, {module.minutes_spent:.0f} minutes on {hardware}, "
-            f"after the experts. The learnt part of the logits is scaled by {share:g} against the geodesic prior."
+            f"{module.global_step} steps of {batch * run.ranks} patches, {module.minutes_spent:.0f} minutes on "
+            f"{hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against the geodesic prior."
         )
         tensors = tensors_by_name(module.model)
-        write_bundle(output / "bundle", plans, tensors, items, about, settings["share_alike"])
+        write_bundle(run.output / "bundle", plans, tensors, items, about, run.settings["share_alike"])
 
 
-def _fit(
-    module: Stage, dataset: TargetDataset, batch: int, folder: Path, resume: bool, device: str, ranks: int
-) -> lightning.Trainer:
+def _fit(module: Stage, dataset: TargetDataset, batch: int, folder: Path, run: Run) -> lightning.Trainer:
     checkpoint = ModelCheckpoint(
         dirpath=folder,
         save_last=True,
@@ -146,9 +141,9 @@ def _fit(
         enable_version_counter=False,  # a second run in this folder would write last-v1.ckpt, and --resume miss it
     )
     trainer = lightning.Trainer(
-        accelerator=ACCELERATORS[device],
-        devices=ranks,
-        strategy="ddp_find_unused_parameters_true" if ranks > 1 else "auto",
+        accelerator=ACCELERATORS[run.device],
+        devices=run.ranks,
+        strategy="ddp_find_unused_parameters_true" if run.ranks > 1 else "auto",
         precision="bf16-mixed",
         max_steps=module.steps,
         logger=TensorBoardLogger(folder, name="", version=""),
@@ -160,7 +155,7 @@ def _fit(
     dataset.seed += 7919 * trainer.global_rank
     last = folder / "last.ckpt"
     loader = DataLoader(dataset, batch_size=batch)
-    trainer.fit(module, loader, ckpt_path=last if resume and last.exists() else None)
+    trainer.fit(module, loader, ckpt_path=last if run.resume and last.exists() else None)
     if trainer.interrupted:  # older releases of Lightning return after Ctrl-C, as if the stage were done
         raise KeyboardInterrupt
     trainer.save_checkpoint(last)
