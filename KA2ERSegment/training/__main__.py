@@ -126,7 +126,8 @@ def _train_promptable(run: Run, plans: Plans, tasks: list[ClassMap], items: list
         hardware = describe(trainer.strategy.root_device, run.ranks)
         about = (
             f"{module.global_step} steps of {batch * run.ranks} patches, {module.minutes_spent:.0f} minutes on "
-            f"{hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against the geodesic prior."
+            f"{hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against the "
+            "geodesic prior."
         )
         tensors = tensors_by_name(module.model)
         write_bundle(run.output / "bundle", plans, tensors, items, about, run.settings["share_alike"])
