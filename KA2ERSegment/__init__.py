@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from KA2ERSegment.bundle import load_bundle
     from KA2ERSegment.errors import (
         BundleError,
+        CancelledError,
         DeviceError,
         GeometryError,
         KA2ERError,
@@ -19,8 +20,17 @@ if TYPE_CHECKING:
         VolumeError,
     )
     from KA2ERSegment.prediction import Prediction
-    from KA2ERSegment.prompts import BoxPrompt, LassoPrompt, MaskPrompt, PointPrompt, Polarity, ScribblePrompt
+    from KA2ERSegment.prompts import (
+        BoxPrompt,
+        LassoPrompt,
+        MaskPrompt,
+        PointPrompt,
+        Polarity,
+        ScribblePrompt,
+        Suggestion,
+    )
     from KA2ERSegment.session import Session
+    from KA2ERSegment.steps import Neighbours, Step
     from KA2ERSegment.volume import Volume
 
 __version__ = "0.1.0"
@@ -28,11 +38,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BoxPrompt",
     "BundleError",
+    "CancelledError",
     "DeviceError",
     "GeometryError",
     "KA2ERError",
     "LassoPrompt",
     "MaskPrompt",
+    "Neighbours",
     "PointPrompt",
     "Polarity",
     "Prediction",
@@ -40,6 +52,8 @@ __all__ = [
     "ScribblePrompt",
     "Session",
     "SessionStateError",
+    "Step",
+    "Suggestion",
     "Volume",
     "VolumeError",
     "__version__",
@@ -50,6 +64,7 @@ _NAMES_OF_MODULE = {
     "bundle": ("load_bundle",),
     "errors": (
         "BundleError",
+        "CancelledError",
         "DeviceError",
         "GeometryError",
         "KA2ERError",
@@ -58,8 +73,9 @@ _NAMES_OF_MODULE = {
         "VolumeError",
     ),
     "prediction": ("Prediction",),
-    "prompts": ("BoxPrompt", "LassoPrompt", "MaskPrompt", "PointPrompt", "Polarity", "ScribblePrompt"),
+    "prompts": ("BoxPrompt", "LassoPrompt", "MaskPrompt", "PointPrompt", "Polarity", "ScribblePrompt", "Suggestion"),
     "session": ("Session",),
+    "steps": ("Neighbours", "Step"),
     "volume": ("Volume",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}

@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from KA2ERSegment.cancellation import checkpoint
 from KA2ERSegment.geometry import BoolArray, Box, Ijk
 from KA2ERSegment.preprocessing import Patch
+from KA2ERSegment.steps import Finish
 
 FloatImage = npt.NDArray[np.float32]
 
@@ -28,6 +30,8 @@ RADIUS = 1.5
 in voxels: 19 of them."""
 REACH = 3.0
 """Radii beyond which a click bends nothing."""
+SURE = 6.0
+"""Logit beyond which nothing is surer."""
 SPECK = 8
 """Voxels under which a component near a click is a speck."""
 EVERYWHERE = np.ones((3, 3, 3), dtype=bool)
@@ -76,6 +80,30 @@ def remove_islands(logits: FloatImage, positive: BoolArray, share: float = 0.02)
     return np.where(drop[components], np.minimum(-logits, -0.1), logits).astype(np.float32)
 
 
+def finished(logits: FloatImage, positive: BoolArray, spacing: npt.ArrayLike, finish: Finish) -> FloatImage:
+    """Logits as an object's finishing leaves them; the logits themselves where it does nothing.
+
+    Args:
+        logits: (S, S, S).
+        positive: (S, S, S), samples known to be inside.
+        spacing: of the samples, mm (I, J, K).
+        finish: what to do.
+    """
+    if finish.smoothing_mm > 0:
+        sigma = finish.smoothing_mm / np.asarray(spacing, dtype=float)[::-1]
+        # far from the boundary logits say how sure the network is, not where the boundary lies
+        logits = ndimage.gaussian_filter(logits.clip(-SURE, SURE), sigma, mode="nearest")
+    if not finish.islands:
+        components, count = ndimage.label(logits > 0)
+        kept = np.zeros(count + 1, dtype=bool)
+        kept[np.unique(components[positive])] = True
+        if count and not kept[1:].any():  # a box alone touches no part more than another
+            kept[1 + np.bincount(components.ravel())[1:].argmax()] = True
+        kept[0] = True
+        logits = np.where(kept[components], logits, np.minimum(-logits, np.float32(-0.1)))
+    return logits
+
+
 def keep_in_box(logits: FloatImage, inside: BoolArray, positive: BoolArray) -> FloatImage:
     """Nothing lies beyond a 3D box, but for what a hand misses: a twentieth of its extent, and a sample.
 
@@ -107,6 +135,7 @@ def honour(
     patch: Patch,
     clicks: Sequence[tuple[Ijk, int]],
     blocked: BoolArray | None = None,
+    drawn: BoolArray | None = None,
 ) -> BoolArray:
     """The mask of a crop with every positive click inside and every negative one outside, without specks near them.
 
@@ -120,24 +149,34 @@ def honour(
         clicks: voxel and sign (+1 or -1), oldest first; no voxel with both signs. One outside the box bends nothing,
             but what it reaches is kept free of specks.
         blocked: (K, J, I), voxels that belong to somebody else for good; no positive click lies on one.
+        drawn: (K, J, I), voxels whose logits a hand has set: a part or hole that holds one is meant, however small.
 
     Returns:
         (K, J, I) bool.
     """
     if blocked is None:
         blocked = np.zeros(logits.shape, dtype=bool)
+    as_drawn = None if drawn is None else np.where(drawn, np.sign(logits), 0).astype(np.int8)
     radius = _radius(patch)
     reaches = [click_reach(patch, ijk).intersect(box) for ijk, _ in clicks]  # also of clicks beside the crop
     clicks = [(ijk, sign) for ijk, sign in clicks if box.contains(ijk)]
     for ijk, sign in clicks:
+        checkpoint()
         _bend(logits, box, ijk, sign, _opposing(clicks, sign), radius)
     mask = (logits > 0) & ~blocked
+    parts, holes = None, blocked
+    if as_drawn is not None:
+        parts, holes = mask & (as_drawn > 0), blocked | (~mask & (as_drawn < 0))
     for ijk, sign in clicks:
+        at = _index(box, ijk)
+        if as_drawn is not None and as_drawn[at] == sign:
+            continue
         if _part_size(mask, box, ijk) < SPECK:
             _stamp_ball(mask, box, ijk, sign, _opposing(clicks, sign), radius, blocked)
-    for near in reaches:
-        remove_specks(mask, box, near, [at for at, sign in clicks if sign > 0])
-        _fill_holes(mask, box, near, [at for at, sign in clicks if sign < 0], blocked)
+    for near in _groups(reaches):
+        checkpoint()
+        _flip_specks(mask, box, near, True, [at for at, sign in clicks if sign > 0], parts)
+        _flip_specks(mask, box, near, False, [at for at, sign in clicks if sign < 0], holes)
     return mask
 
 
@@ -155,37 +194,64 @@ def remove_specks(mask: BoolArray, box: Box, near: Box, keep: Iterable[Ijk]) -> 
         near: the part, inside the box.
         keep: voxels whose component stays.
     """
-    _flip_specks(mask, box, near, True, keep, None)
-
-
-def _fill_holes(mask: BoolArray, box: Box, near: Box, keep: Iterable[Ijk], blocked: BoolArray) -> None:
-    _flip_specks(mask, box, near, False, keep, blocked)
+    _flip_specks(mask, box, [near], True, keep, None)
 
 
 def _flip_specks(
-    mask: BoolArray, box: Box, near: Box, value: bool, keep: Iterable[Ijk], stay: BoolArray | None
+    mask: BoolArray, box: Box, near: Sequence[Box], value: bool, keep: Iterable[Ijk], stay: BoolArray | None
 ) -> None:
-    if near.size == 0:
+    around = _union(near)
+    if around.size == 0:
         return
     # A component that reaches into `near` and is cut off by this window has SPECK voxels within the window alone, so
     # each that looks small is seen whole.
-    outer = near.dilate(SPECK).intersect(box)
+    outer = around.dilate(SPECK).intersect(box)
     window = _view(mask, box, outer)
-    components, count = ndimage.label(window == value)
+    like = window == value
+    if not like.any() or (like.size >= SPECK and like.all()):  # deep inside or far outside: most clicks
+        return
+    components, count = ndimage.label(like)
     small = np.bincount(components.ravel(), minlength=count + 1) < SPECK
     small[0] = False
     if not small.any():
         return
-    drop = np.zeros_like(small)
-    drop[np.unique(_view(components, outer, near))] = True
-    drop &= small
+    reached = np.zeros(components.shape, dtype=bool)
+    for part in near:
+        _view(reached, outer, part)[...] = True
+    drop = small & (np.bincount(components[reached], minlength=count + 1) > 0)
+    if not drop.any():
+        return
     for ijk in keep:
         if outer.contains(ijk):
             drop[components[_index(outer, ijk)]] = False
     if stay is not None:
-        drop[np.unique(components[_view(stay, box, outer)])] = False
+        drop[components[_view(stay, box, outer)]] = False
     drop[0] = False
     window[drop[components]] = not value
+
+
+def _groups(boxes: Sequence[Box]) -> list[list[Box]]:
+    """Boxes to look at together: those whose windows, looked at one by one, hold more voxels than one around all."""
+    groups: list[tuple[list[Box], Box]] = []
+    for box in boxes:
+        if box.size == 0:
+            continue
+        for n, (members, window) in enumerate(groups):
+            together = window.union(box)
+            apart = window.dilate(SPECK).size + box.dilate(SPECK).size
+            if together.dilate(SPECK).size <= apart:
+                groups[n] = [*members, box], together
+                break
+        else:
+            groups.append(([box], box))
+    return [members for members, _ in groups]
+
+
+def _union(boxes: Iterable[Box]) -> Box:
+    together = Box((0, 0, 0), (0, 0, 0))
+    for box in boxes:
+        together = together.union(box)
+    return together
 
 
 def _bend(
@@ -208,7 +274,10 @@ def _part_size(mask: BoolArray, box: Box, ijk: Ijk) -> int:
     near = _around(ijk, np.full(3, float(SPECK))).intersect(box)
     at = _index(near, ijk)
     window = _view(mask, box, near)
-    components, _ = ndimage.label(window == window[at])
+    like = window == window[at]
+    if like.all():
+        return int(like.size)
+    components, _ = ndimage.label(like)
     return int((components == components[at]).sum())
 
 

@@ -6,7 +6,8 @@
     ├── PromptError               a prompt that does not fit its volume
     ├── BundleError               a bundle that is damaged, foreign or does not fit the code
     ├── SessionStateError         a verb called before what it needs, or on a locked object
-    └── DeviceError               a compute device that is asked for and not there
+    ├── DeviceError               a compute device that is asked for and not there
+    └── CancelledError            work that was stopped because somebody asked for it
 
 Every message says what must hold, what was given, in which object, and what to do. Each class is also
 the built-in error that a caller would expect, so `except ValueError` works as well.
@@ -39,3 +40,7 @@ class SessionStateError(KA2ERError, RuntimeError):
 
 class DeviceError(KA2ERError, RuntimeError):
     """A compute device that was asked for and is not there."""
+
+
+class CancelledError(KA2ERError, RuntimeError):
+    """Work that was stopped because somebody asked for it; what it was to change is as it was."""

@@ -10,15 +10,15 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from KA2ERSegment.geometry import BoolArray, Box, Ijk
-from KA2ERSegment.preprocessing import Patch, upsample
+from KA2ERSegment.geometry import BoolArray, Box, FloatArray, Ijk
+from KA2ERSegment.preprocessing import Patch, sample_nearest, upsample
 from KA2ERSegment.volume import Volume
 
 FloatImage = npt.NDArray[np.float32]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedMask:
     """A mask as bits, cropped to its box: histories of large organs stay small.
 
@@ -81,50 +81,37 @@ class ExpertOpinions(Mapping[str, ExpertOpinion]):
     """Opinions by name, each computed when it is first asked for.
 
     Args:
-        names: of the arms; the first is the foundation alone ("no expert").
-        compute: the arm's logits and weight on the patch, (S, S, S) float32 each, by its index.
-        prediction: they belong to.
+        prediction: they belong to; the first of its arms is the foundation alone ("no expert").
     """
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        compute: Callable[[int], tuple[FloatImage, FloatImage]],
-        prediction: Prediction,
-    ) -> None:
-        self._names, self._compute, self._prediction = names, compute, prediction
+    def __init__(self, prediction: Prediction) -> None:
+        self._prediction = prediction
         self._known: dict[str, ExpertOpinion] = {}
 
     def __getitem__(self, name: str) -> ExpertOpinion:
         if name not in self._known:
-            if name not in self._names:
-                raise KeyError(name)
-            self._known[name] = self._opinion(self._names.index(name))
+            box, probability, weight = self._prediction.opinion_crop(name)
+            volume = self._prediction.volume
+            mean = self._prediction.shares[name]
+            self._known[name] = ExpertOpinion(_filled(volume, box, probability), _filled(volume, box, weight), mean)
         return self._known[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would compute the opinion to find out
+        return name in self._prediction.arms  # Mapping's own would compute the opinion to find out
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._prediction.arms)
 
     def __len__(self) -> int:
-        return len(self._names)
-
-    def _opinion(self, arm: int) -> ExpertOpinion:
-        prediction = self._prediction
-        logits, weight = self._compute(arm)
-        box = prediction.patch.box(prediction.canonical.shape_kji)
-        share = upsample(weight, prediction.patch, box)
-        inside = prediction.packed.on(box)
-        mean = float(share[inside].mean() if inside.any() else share.mean())
-        probability = _sigmoid(upsample(logits, prediction.patch, box))
-        return ExpertOpinion(prediction.on_volume(box, probability), prediction.on_volume(box, share), mean)
+        return len(self._prediction.arms)
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The mask of one object after one prompt.
+
+    Whole images are on the volume's own grid, and as large. A crop comes with its box on that grid: outside it the
+    image is 0.
 
     Args:
         volume: it belongs to.
@@ -134,9 +121,9 @@ class Prediction:
         logits: (S, S, S) float32 on the patch.
         packed: the final mask, prompts honoured and overlaps resolved, on the canonical volume.
         changed: half-open box on the volume's own grid: outside it every object's mask is what it was before.
-        quality: Dice that the model expects of this mask, 0..1.
-        arms: names of the arms of the amalgamation.
-        opinion: computes one arm's logits and weight on the patch.
+        arms: names of the arms of the amalgamation that took part.
+        weights: (arms, n, n, n) float32, their shares in the decision, summing to 1, on a coarser grid of the patch.
+        opinion: computes the logits (S, S, S) of one arm alone, by its index in `arms`.
     """
 
     volume: Volume = field(repr=False)
@@ -146,14 +133,18 @@ class Prediction:
     logits: FloatImage = field(repr=False)
     packed: PackedMask = field(repr=False)
     changed: Box
-    quality: float
     arms: tuple[str, ...] = field(repr=False)
-    opinion: Callable[[int], tuple[FloatImage, FloatImage]] = field(repr=False)
+    weights: FloatImage = field(repr=False)
+    opinion: Callable[[int], FloatImage] = field(repr=False)
 
     @property
     def mask(self) -> BoolArray:
         """(K, J, I) bool on the volume's own grid; a new array at each call."""
-        return self.on_volume(self.packed.box, self.packed.unpack())
+        return _filled(self.volume, self.box, self.mask_crop()[1])
+
+    def mask_crop(self) -> tuple[Box, BoolArray]:
+        """The mask in its own `box`."""
+        return self._crop(self.packed.box, self.packed.unpack())
 
     @property
     def box(self) -> Box:
@@ -162,32 +153,162 @@ class Prediction:
 
     @property
     def probability(self) -> FloatImage:
-        """(K, J, I) float32 in 0..1; 0 outside the patch; above one half exactly where the mask is true."""
-        box = self.patch.box(self.canonical.shape_kji)
-        probability = _sigmoid(upsample(self.logits, self.patch, box))
+        """(K, J, I) float32 in 0..1; above one half exactly where the mask is true.
+
+        0 outside the patch, but for what a hand drew there.
+        """
+        return _filled(self.volume, *self.probability_crop())
+
+    def probability_crop(self) -> tuple[Box, FloatImage]:
+        """The probability around patch and mask."""
+        seen = self.patch.box(self.canonical.shape_kji)
+        box = seen.union(self.packed.box)
+        probability = np.zeros(box.shape_kji, dtype=np.float32)
+        if seen.size:
+            seen.within(box).paste(sigmoid(upsample(self.logits, self.patch, seen)), probability)
         mask = self.packed.on(box)
         half = np.float32(0.5)
         np.copyto(probability, np.maximum(probability, np.nextafter(half, np.float32(1))), where=mask)
         np.copyto(probability, np.minimum(probability, half), where=~mask)
-        return self.on_volume(box, probability)
+        return self._crop(box, probability)
+
+    @cached_property
+    def quality(self) -> float:
+        """Dice to expect of the mask if the probabilities are right, 0..1; 0 for an empty mask.
+
+        E[Dice] is about 2 sum(p m) / (sum(p) + sum(m)) for a mask m. Where the mask differs from what the network
+        says, a click or a hand has decided, and is taken to be right.
+        """
+        mask, probability = self.on_patch()
+        return expected_dice(probability, mask)
+
+    def on_patch(self) -> tuple[BoolArray, FloatImage]:
+        """The final mask (S, S, S) on the samples of the patch, and the probability there, 0 or 1 where they differ."""
+        mask = self._mask_on_patch
+        probability = sigmoid(self.logits.copy())
+        return mask, np.where(mask == (self.logits > 0), probability, mask).astype(np.float32)
+
+    @cached_property
+    def _mask_on_patch(self) -> BoolArray:
+        origin = np.array(self.patch.origin) - self.packed.box.start
+        patch = Patch((float(origin[0]), float(origin[1]), float(origin[2])), self.patch.step, self.patch.size)
+        if self.packed.box.size == 0:
+            return np.zeros((self.patch.size,) * 3, dtype=bool)
+        mask: BoolArray = sample_nearest(self.packed.unpack(), patch, outside=False)
+        return mask
+
+    # -- experts -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def experts(self) -> Mapping[str, ExpertOpinion]:
         """Each expert's opinion by name, "foundation" (no expert) first; computed when asked for."""
-        return ExpertOpinions(self.arms, self.opinion, self)
+        return ExpertOpinions(self)
 
-    def on_volume(self, box: Box, values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-        """An array on the volume's own grid, zero but for `values` in a box of the canonical volume."""
-        out = np.zeros(self.volume.shape_kji, dtype=values.dtype)
-        if box.size:
-            box.paste(values, self.volume.to_canonical(out))
-        return out
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Each arm's mean share in the decision inside the mask (inside the patch where that is empty). Cheap."""
+        mask = self._mask_on_patch
+        size = self.weights.shape[-1]
+        step = self.patch.size // size
+        cells = mask.reshape(size, step, size, step, size, step).mean(axis=(1, 3, 5))  # how much of each is inside
+        if not cells.any():
+            cells[:] = 1
+        means = (self.weights * cells).sum(axis=(1, 2, 3)) / cells.sum()
+        return {name: float(mean) for name, mean in zip(self.arms, means, strict=True)}
+
+    @cached_property
+    def patch_to_ras(self) -> FloatArray:
+        """4x4 from sample index (I, J, K) of the patch to RAS mm."""
+        return np.asarray(self.canonical.ijk_to_ras @ self.patch.to_ijk, dtype=np.float64)
+
+    def opinion_on_patch(self, arm: str) -> tuple[FloatImage, FloatImage]:
+        """One arm's probability and weight, both (S, S, S) on the samples of the patch; KeyError for an unknown one.
+
+        0 where no voxel of the volume is within a step of the sample. `opinion_crop` is linear between them.
+        """
+        if arm not in self.arms:
+            raise KeyError(arm)
+        at, read = self.arms.index(arm), self.patch.read_by(self.canonical.shape_kji)
+        return sigmoid(self.opinion(at).copy()) * read, self._weight_on_patch(at) * read
+
+    def opinion_crop(self, arm: str) -> tuple[Box, FloatImage, FloatImage]:
+        """One arm's probability and weight within the patch; KeyError for an unknown one."""
+        probability, weight = self.opinion_on_patch(arm)
+        box, crop = self._upsampled(probability)
+        return box, crop, self._upsampled(weight)[1]
+
+    @property
+    def disagreement(self) -> FloatImage:
+        """(K, J, I) float32 in 0..1, how far the arms differ: twice the standard deviation of their probabilities.
+
+        Each counts by its weight. 0 where all that have a say agree, 1 where one half is sure of the opposite of the
+        other; 0 outside the patch.
+        """
+        return _filled(self.volume, *self.disagreement_crop())
+
+    def disagreement_on_patch(self) -> FloatImage:
+        """The disagreement (S, S, S) on the samples of the patch; `disagreement_crop` is linear between them."""
+        mean = np.zeros((self.patch.size,) * 3, dtype=np.float32)
+        square = np.zeros_like(mean)
+        for arm in self.arms:
+            probability, weight = self.opinion_on_patch(arm)
+            mean += weight * probability
+            square += weight * probability**2
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        return np.asarray(np.minimum(2 * deviation, 1), dtype=np.float32)
+
+    def disagreement_crop(self) -> tuple[Box, FloatImage]:
+        """The disagreement within the patch."""
+        return self._upsampled(self.disagreement_on_patch())
+
+    def division_on_patch(self) -> FloatImage:
+        """(S, S, S) in 0..1, how evenly the arms share the decision: 0 where one has all of it. Needs no opinion."""
+        arms = len(self.arms)
+        if arms < 2:
+            return np.zeros((self.patch.size,) * 3, dtype=np.float32)
+        shares = [self._weight_on_patch(at) for at in range(arms)]
+        squares = np.sum([share**2 for share in shares], axis=0)
+        return np.asarray((1 - squares) * (arms / (arms - 1)), dtype=np.float32)
+
+    def _weight_on_patch(self, at: int) -> FloatImage:
+        """(S, S, S): the centre of a coarse cell lies in the middle of its samples."""
+        cells = self.weights.shape[-1]
+        step = self.patch.size / cells
+        samples = Box((0, 0, 0), (self.patch.size,) * 3)
+        return upsample(self.weights[at], Patch(((step - 1) / 2,) * 3, (step,) * 3, cells), samples)
+
+    def _upsampled(self, samples: FloatImage) -> tuple[Box, FloatImage]:
+        """Values on the samples of the patch, as a crop of the volume."""
+        seen = self.patch.box(self.canonical.shape_kji)
+        return self._crop(seen, upsample(samples, self.patch, seen))
+
+    def _crop(self, box: Box, values: npt.NDArray[Scalar]) -> tuple[Box, npt.NDArray[Scalar]]:
+        """A crop of the canonical volume on the volume's own axes."""
+        own = self.volume.from_canonical_box(box)
+        out = np.empty(own.shape_kji, dtype=values.dtype)
+        self.volume.to_canonical(out)[...] = values
+        return own, out
 
 
-def _sigmoid(logits: FloatImage) -> FloatImage:
+def expected_dice(probability: FloatImage, mask: BoolArray) -> float:
+    """Dice to expect of a mask if the probabilities are right; 0 where it is empty."""
+    sure = float(probability[mask].sum())
+    return 2 * sure / (float(probability.sum()) + int(mask.sum())) if sure else 0.0
+
+
+def sigmoid(logits: FloatImage) -> FloatImage:
+    """Probabilities, written over the logits."""
     np.clip(logits, -30, 30, out=logits)
     np.negative(logits, out=logits)
     np.exp(logits, out=logits)
     logits += 1
     np.reciprocal(logits, out=logits)
     return logits
+
+
+def _filled(volume: Volume, box: Box, values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    """An array on the volume's own grid, zero but for `values` in a box."""
+    out = np.zeros(volume.shape_kji, dtype=values.dtype)
+    if box.size:
+        box.paste(values, out)
+    return out

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from KA2ERSegment.geometry import Box, FloatArray, Ijk
+from KA2ERSegment.geometry import BoolArray, Box, FloatArray, Ijk
 
 Float3 = tuple[float, float, float]
 
@@ -84,6 +84,23 @@ class Patch:
         """Continuous sample index (I, J, K) of points (..., 3) in voxel index (I, J, K)."""
         sample: FloatArray = (np.asarray(ijk, dtype=float) - np.asarray(self.origin)) / np.asarray(self.step)
         return sample
+
+    @property
+    def to_ijk(self) -> FloatArray:
+        """4x4 from sample index (I, J, K) to continuous voxel index."""
+        matrix = np.diag([*self.step, 1.0])
+        matrix[:3, 3] = self.origin
+        return matrix
+
+    def read_by(self, shape_kji: tuple[int, int, int]) -> BoolArray:
+        """(S, S, S) bool, KJI: samples less than a step off a volume of that shape, all that `upsample` reads there."""
+        near = []
+        for axis in range(3):
+            origin, step = self.origin[2 - axis], self.step[2 - axis]
+            at, reach = origin + step * np.arange(self.size), max(step, 0.5)  # a voxel is half of one wide to each side
+            near.append((at > -reach) & (at < shape_kji[axis] - 1 + reach))
+        read: BoolArray = near[0][:, None, None] & near[1][:, None] & near[2]
+        return read
 
     def contains(self, ijk: npt.ArrayLike, inset: float = 0.0) -> bool:
         """Whether a voxel lies inside, at least `inset` of the patch's extent away from its faces."""

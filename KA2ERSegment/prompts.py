@@ -42,6 +42,8 @@ _SAME_GRID = 0.01
 """Voxels. Two grids are the same when no corner is further apart than this; `Volume.same_grid` allows as much."""
 _CHUNK = 1 << 20
 """Voxels that are worked on at once, so that a huge prompt costs time and not memory."""
+_NO_VOXEL = Box((0, 0, 0), (0, 0, 0))
+"""Of a mask without a voxel."""
 _MAX_MASK_VOXELS = 1 << 30
 """Largest crop of a mask in JSON. A few kB of zlib can claim any size, so the size is bounded before it is believed."""
 
@@ -116,6 +118,21 @@ class PointPrompt:
     def to_json(self) -> dict[str, Any]:
         """Plain data for `prompt_from_json`."""
         return {"type": "point", "ras": list(self.ras), "polarity": self.polarity.value}
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Where the next click is expected to help most.
+
+    Args:
+        ras: centre of a voxel, RAS mm.
+        polarity: what to click if the present answer there is wrong.
+        expected_gain: Dice that the mask is expected to gain if the whole region around the point is put right.
+    """
+
+    ras: Ras
+    polarity: Polarity
+    expected_gain: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +418,8 @@ class MaskPrompt:
     """An existing mask to start from ("refine this"). Make one with `from_array`.
 
     Only the crop around its voxels is kept. It belongs to one grid of voxels and fits no other, whatever the order and
-    direction of the axes. Two are equal when their voxels, grid and polarity are.
+    direction of the axes. Two are equal when their voxels, grid and polarity are. An empty one is nothing to start
+    from, but may be what a hand left (`Session.edit`).
 
     Args:
         array_kji: (K, J, I) bool, the part of the mask inside `box`. Copied, and cropped to its true voxels.
@@ -421,7 +439,7 @@ class MaskPrompt:
         shape = _whole("MaskPrompt.shape_kji", self.shape_kji)
         start, stop = (_whole(f"MaskPrompt.box.{n}", getattr(self.box, n)) for n in ("start", "stop"))
         box = Box(start, stop)
-        if min(shape) < 1 or box.size == 0 or box.intersect(Box.of_shape(shape)) != box:
+        if min(shape) < 1 or (box.size == 0 and box != _NO_VOXEL) or box.intersect(Box.of_shape(shape)) != box:
             message = (
                 f"MaskPrompt.box must be a box inside its grid of shape IJK {shape[::-1]}, got IJK {start} to {stop} "
                 "(half-open). Use MaskPrompt.from_array."
@@ -435,10 +453,7 @@ class MaskPrompt:
             )
             raise PromptError(message)
         around = Box.around(array)
-        if around is None:
-            message = f"MaskPrompt must mark at least one voxel, got none in {box}. Leave it out to start empty."
-            raise PromptError(message)
-        crop = around.crop(array).copy()
+        crop = np.zeros((0, 0, 0), dtype=bool) if around is None else around.crop(array).copy()
         crop.setflags(write=False)
         try:
             ijk_to_ras = check_affine(self.ijk_to_ras)
@@ -446,7 +461,7 @@ class MaskPrompt:
             message = f"MaskPrompt.ijk_to_ras cannot be used: {error}"
             raise PromptError(message) from error
         object.__setattr__(self, "array_kji", crop)
-        object.__setattr__(self, "box", around.shift(start))
+        object.__setattr__(self, "box", _NO_VOXEL if around is None else around.shift(start))
         object.__setattr__(self, "ijk_to_ras", ijk_to_ras)
         object.__setattr__(self, "shape_kji", shape)
         _check_polarity(self)
@@ -456,7 +471,7 @@ class MaskPrompt:
         """The mask (K, J, I) on the grid of `volume`: bool, or integers that are 0 and 1.
 
         Raises:
-            PromptError: another shape, another kind of values, or not one voxel.
+            PromptError: another shape, or another kind of values.
         """
         mask = np.asarray(mask_kji)
         if mask.shape != tuple(volume.shape_kji):
@@ -473,10 +488,7 @@ class MaskPrompt:
                 )
                 raise PromptError(message)
             mask = mask.astype(np.bool_)
-        box = Box.around(mask)
-        if box is None:
-            message = f"MaskPrompt must mark at least one voxel, got none in {_described(volume)}. Leave it out."
-            raise PromptError(message)
+        box = Box.around(mask) or _NO_VOXEL
         return cls(box.crop(mask), box, volume.ijk_to_ras, volume.shape_kji, polarity)
 
     def region(self, volume: Grid) -> tuple[Box, BoolArray]:
@@ -504,6 +516,8 @@ class MaskPrompt:
                 f"{_text(volume.ijk_to_ras[:3, 3])} mm. Resample the mask to the volume first."
             )
             raise PromptError(message)
+        if self.box == _NO_VOXEL:
+            return self.box, self.array_kji.copy()
         source = np.abs(turn).argmax(axis=1)  # IJK axis of the mask along each IJK axis of the volume
         sign = turn.sum(axis=1)
         ends = np.array([self.box.start, np.array(self.box.stop) - 1]) @ turn.T + shift  # first and last voxel
@@ -601,7 +615,7 @@ _READERS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Polarity
 
 
 def _check_mask_size(box: Box) -> None:
-    if not 0 < box.size <= _MAX_MASK_VOXELS:
+    if box != _NO_VOXEL and not 0 < box.size <= _MAX_MASK_VOXELS:
         message = (
             f"box of a mask prompt in JSON must hold 1 to {_MAX_MASK_VOXELS} voxels, got IJK {box.start} to {box.stop} "
             "(half-open). Crop the volume first."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,9 @@ import torch
 from KA2ERSegment.errors import PromptError
 from KA2ERSegment.geometry import BoolArray, Box, Ijk
 from KA2ERSegment.prediction import FloatImage, PackedMask
-from KA2ERSegment.preprocessing import Patch, sample_nearest
+from KA2ERSegment.preprocessing import Patch
 from KA2ERSegment.prompt_encoder import BOX_START, BOX_STOP, NEGATIVE, POSITIVE, PatchPrompts
-from KA2ERSegment.prompts import BoxPrompt, LassoPrompt, MaskPrompt, PointPrompt, Polarity, Prompt, ScribblePrompt
+from KA2ERSegment.prompts import BoxPrompt, MaskPrompt, PointPrompt, Polarity, Prompt
 from KA2ERSegment.volume import Volume
 
 MAX_POINTS = 16
@@ -41,39 +41,60 @@ class Evidence:
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], volume: Volume) -> Evidence:
-        """Read all prompts on a canonical volume.
+        """Read prompts on a canonical volume; raises as `plus` does."""
+        evidence = cls()
+        for prompt in prompts:
+            evidence = evidence.plus(prompt, volume)
+        return evidence
+
+    def plus(self, prompt: Prompt, volume: Volume) -> Evidence:
+        """With one more prompt.
 
         Raises:
-            PromptError: a prompt outside the volume, a mask on another grid, or two clicks of both polarities on
-                one voxel.
+            PromptError: a prompt outside the volume, a mask without a voxel or on another grid, or a click on the
+                voxel of one of the other polarity.
         """
-        clicks: dict[Ijk, int] = {}
-        regions: list[tuple[Box, BoolArray, int]] = []
-        box: Box | None = None
-        flat: int | None = None
-        start: PackedMask | None = None
-        for prompt in prompts:
-            if not isinstance(prompt, Prompt):
-                message = f"a prompt must be one of the library's prompts, got {type(prompt).__name__}."
+        if not isinstance(prompt, Prompt):
+            message = f"a prompt must be one of the library's prompts, got {type(prompt).__name__}."
+            raise PromptError(message)
+        sign = 1 if prompt.polarity is Polarity.POSITIVE else -1
+        match prompt:
+            case PointPrompt():
+                ijk = prompt.ijk(volume)
+                if (ijk, -sign) in self.clicks:
+                    message = (
+                        f"the clicks on one voxel must agree; voxel IJK {ijk} of volume {volume.name!r} (axes "
+                        f"towards R, A, S) has a click of the other polarity. Undo that one, or click beside it."
+                    )
+                    raise PromptError(message)
+                return replace(self, clicks=(*(click for click in self.clicks if click[0] != ijk), (ijk, sign)))
+            case BoxPrompt() if sign > 0:
+                return replace(self, box=prompt.box(volume), flat=prompt.planar_axis(volume))
+            case MaskPrompt() if prompt.box.size == 0:
+                message = "a mask prompt must mark at least one voxel, got an empty one. Leave it out."
                 raise PromptError(message)
-            sign = 1 if prompt.polarity is Polarity.POSITIVE else -1
-            match prompt:
-                case PointPrompt():
-                    ijk = prompt.ijk(volume)
-                    if clicks.pop(ijk, sign) != sign:
-                        message = (
-                            f"the clicks on one voxel must agree; voxel IJK {ijk} of volume {volume.name!r} (axes "
-                            f"towards R, A, S) has a click of the other polarity. Undo that one, or click beside it."
-                        )
-                        raise PromptError(message)
-                    clicks[ijk] = sign
-                case BoxPrompt() if sign > 0:
-                    box, flat = prompt.box(volume), prompt.planar_axis(volume)
-                case MaskPrompt() if sign > 0:
-                    start = PackedMask.pack(*prompt.region(volume))
-                case ScribblePrompt() | LassoPrompt() | BoxPrompt() | MaskPrompt():
-                    regions.append((*prompt.region(volume), sign))
-        return cls(tuple(clicks.items()), tuple(regions), box, flat, start)
+            case MaskPrompt() if sign > 0:
+                return replace(self, start=PackedMask.pack(*prompt.region(volume)))
+            case _:
+                return replace(self, regions=(*self.regions, (*prompt.region(volume), sign)))
+
+    def under(self, mask: PackedMask) -> Evidence:
+        """What is left of it once a hand has drawn the object's mask: nothing that contradicts it.
+
+        The mask is what the network starts from. Clicks on the wrong side of it no longer count, nor does that part of
+        a region, nor a box that it leaves.
+        """
+        clicks = tuple((ijk, sign) for ijk, sign in self.clicks if mask.contains(ijk) == (sign > 0))
+        regions = []
+        for box, crop, sign in self.regions:
+            inside = mask.on(box)
+            agreeing = crop & (inside if sign > 0 else ~inside)
+            if agreeing.any():
+                regions.append((box, agreeing, sign))
+        start = mask if mask.box.size else None
+        if self.box is None or start is None or self.box.intersect(mask.box) != mask.box:
+            return Evidence(clicks, tuple(regions), start=start)
+        return Evidence(clicks, tuple(regions), self.box, self.flat, start)
 
     def extent(self) -> Box | None:
         """Smallest box around everything positive; None where nothing is."""
@@ -101,7 +122,7 @@ def patch_prompts(
     positive = np.zeros((size, size, size), dtype=bool)
     negative = np.zeros_like(positive)
     for other in others:
-        negative |= _on_patch(other.box, other.unpack(), patch)
+        negative |= samples_in(other, patch)
     for box, crop, sign in evidence.regions:  # the newest wins
         covered = _on_patch(box, crop, patch)
         (positive if sign > 0 else negative)[covered] = True
@@ -144,21 +165,40 @@ def patch_prompts(
 
 def mask_on_patch(mask: PackedMask, patch: Patch) -> FloatImage:
     """A mask to start from, as a probability (S, S, S): nearly sure, so that clicks can still change it."""
-    return np.where(_on_patch(mask.box, mask.unpack(), patch), 0.95, 0.05).astype(np.float32)
+    return np.where(samples_in(mask, patch), 0.95, 0.05).astype(np.float32)
+
+
+def samples_in(mask: PackedMask, patch: Patch) -> BoolArray:
+    """(S, S, S), samples of a patch that a mask covers; a part thinner than a sample covers the nearest one."""
+    if not _touches(mask.box, patch):
+        return np.zeros((patch.size,) * 3, dtype=bool)
+    return _on_patch(mask.box, mask.unpack(), patch)
 
 
 def _on_patch(box: Box, crop: BoolArray, patch: Patch) -> BoolArray:
     """Samples of the patch that a region covers: nearest voxel, and every voxel's own sample where that is coarser."""
-    if box.size == 0:
-        return np.zeros((patch.size,) * 3, dtype=bool)
-    i, j, k = (float(o - a) for o, a in zip(patch.origin, box.start, strict=True))
-    covered: BoolArray = sample_nearest(crop, Patch((i, j, k), patch.step, patch.size), outside=False)
+    covered = np.zeros((patch.size,) * 3, dtype=bool)
+    if not _touches(box, patch):
+        return covered
+    voxels_of, samples_of = [], []
+    for axis in (2, 1, 0):
+        nearest = np.floor(patch.origin[axis] + patch.step[axis] * np.arange(patch.size) + 0.5).astype(int)
+        inside = np.flatnonzero((nearest >= box.start[axis]) & (nearest < box.stop[axis]))
+        samples_of.append(slice(inside[0], inside[-1] + 1) if len(inside) else slice(0, 0))
+        voxels_of.append(nearest[inside] - box.start[axis])
+    covered[tuple(samples_of)] = crop[np.ix_(*voxels_of)]
     if max(patch.step) > 1 and crop.sum() < 100_000:  # thin regions fall between samples
         voxels = np.argwhere(crop)[:, ::-1] + np.array(box.start)
         samples = np.round(patch.to_patch(voxels)).astype(int)
         samples = samples[((samples >= 0) & (samples < patch.size)).all(axis=1)]
         covered[samples[:, 2], samples[:, 1], samples[:, 0]] = True
     return covered
+
+
+def _touches(box: Box, patch: Patch) -> bool:
+    """Whether a region of that box can cover a sample of a patch."""
+    start, stop = patch.faces
+    return bool(box.size and (stop > box.start).all() and (start < box.stop).all())
 
 
 def _box_maps(box: Box, flat: int | None, patch: Patch) -> tuple[BoolArray, BoolArray]:

@@ -1,21 +1,21 @@
 """`Session`: prompts in, masks out, for one volume. Read `add` first.
 
     volume -> patch -> features (once per patch, kept) --+
-    prompts -> maps and tokens on the patch -------------+-> mask decoder -> promises kept -> prediction
+    prompts -> maps and tokens on the patch -------------+-> mask decoder -> finished, promises kept -> prediction
 
-A session is a sequence of immutable states: undo and redo only move along it, and a refused prompt leaves it as it
-was. Which objects there are and which is selected is no part of the states: undo takes back what was done to an
-object, never a choice of one. All work happens on the volume's canonical view; only `Prediction` turns results back
-to the volume's own axes.
+A session is a sequence of immutable states (`states.py`): undo and redo only move along it, and a refused or cancelled
+verb leaves it as it was. Which objects there are and which is selected is no part of the states, but for removed ones:
+undo takes back what was done to an object, never a choice of one. All work happens on the volume's canonical view; only
+`Prediction` turns results back to the volume's own axes. `answering.py` asks the network, `sharing.py` keeps what
+prompts, hand edits and other objects are promised.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,73 +23,45 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from KA2ERSegment.answering import Answerer
 from KA2ERSegment.build import build_model
 from KA2ERSegment.bundle import Bundle, load_bundle
-from KA2ERSegment.constraints import (
-    MARGIN,
-    SPECK,
-    click_reach,
-    honour,
-    keep_change_local,
-    keep_in_box,
-    remove_islands,
-    remove_specks,
-)
+from KA2ERSegment.cancellation import checkpoint, checkpoints
+from KA2ERSegment.constraints import finished
 from KA2ERSegment.errors import DeviceError, PromptError, SessionStateError
 from KA2ERSegment.geometry import Box
-from KA2ERSegment.model import PatchFeatures, PromptableModel
+from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.prediction import FloatImage, PackedMask, Prediction
-from KA2ERSegment.preprocessing import Patch, normalise, sample_image, upsample
-from KA2ERSegment.prompt_encoder import PatchPrompts
-from KA2ERSegment.prompts import PointPrompt, Polarity, Prompt
-from KA2ERSegment.rasterise import Evidence, mask_on_patch, patch_prompts
-from KA2ERSegment.steps import FORMAT, Step, parse_steps, read_steps_file, write_steps_file
+from KA2ERSegment.prompts import MaskPrompt, Prompt, Suggestion
+from KA2ERSegment.rasterise import Evidence, samples_in
+from KA2ERSegment.sharing import (
+    by_hand,
+    close_to,
+    drawing_of,
+    final_mask,
+    losers,
+    refuse_claimed,
+    seen_as_outside,
+)
+from KA2ERSegment.states import NOTHING, ObjectState, SessionState
+from KA2ERSegment.steps import (
+    FORMAT,
+    Edit,
+    Finish,
+    Neighbours,
+    Step,
+    experts_from_json,
+    parse_steps,
+    read_steps_file,
+    write_steps_file,
+)
+from KA2ERSegment.suggestion import suggest
 from KA2ERSegment.volume import Volume
-from KA2ERSegment.zoom import Answer, fits, mask_faces, mask_voxels, regrown, trust
+from KA2ERSegment.zoom import Answer
 
 FIRST_OBJECT = "object"
 HISTORY = 64
 """States kept: the present one and those that undo goes back to."""
-NOTHING = Box((0, 0, 0), (0, 0, 0))
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectState:
-    """One object: its prompts, oldest first, and what they gave.
-
-    Args:
-        prompts: of this object alone.
-        answer: that the next prompt builds on; None before the first positive prompt.
-        prediction: None before the first prompt.
-        locked: no prompt changes it.
-    """
-
-    prompts: tuple[Prompt, ...] = ()
-    answer: Answer | None = None
-    prediction: Prediction | None = None
-    locked: bool = False
-
-    @property
-    def positive_clicks(self) -> list[PointPrompt]:
-        """Its clicks that no other object may take."""
-        return [p for p in self.prompts if isinstance(p, PointPrompt) and p.polarity is Polarity.POSITIVE]
-
-
-@dataclass(frozen=True, slots=True)
-class SessionState:
-    """Everything that undo brings back: the objects to which something was done, and all that was done."""
-
-    objects: Mapping[str, ObjectState] = field(default_factory=dict)
-    steps: tuple[Step, ...] = ()
-
-    def of(self, name: str) -> ObjectState:
-        """The state of an object, as new where nothing was done to it."""
-        return self.objects.get(name, ObjectState())
-
-    def after(self, step: Step, changed: Mapping[str, ObjectState]) -> SessionState:
-        """The state after one more step that changed some objects."""
-        objects = {name: state for name, state in {**self.objects, **changed}.items() if state != ObjectState()}
-        return SessionState(objects, (*self.steps, step) if objects else ())
 
 
 class Session:
@@ -99,20 +71,35 @@ class Session:
         bundle: the model; the one that the package ships by default.
         device: "auto", "cpu" or "cuda" (or "cuda:1").
         feature_memory_mb: bound on the features that are kept.
+        model: the bundle's network where it is there already; any number of sessions can share one (`Session.model`).
+
+    Attributes:
+        model: the network.
+        checkpoint: called many times a second while a verb works, before every layer of the network among others;
+            what it raises (`CancelledError`, say) ends the verb and leaves the session as it was.
 
     Raises:
         DeviceError: CUDA was asked for and is not there.
         BundleError: the bundle does not fit this version.
     """
 
-    def __init__(self, bundle: Bundle | None = None, device: str = "auto", feature_memory_mb: float = 512.0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | None = None,
+        device: str = "auto",
+        feature_memory_mb: float = 512.0,
+        model: PromptableModel | None = None,
+    ) -> None:
         self.bundle = bundle if bundle is not None else load_bundle()
         self.device = find_device(device)
-        self._model: PromptableModel = build_model(self.bundle.plans, self.bundle.weights()).to(self.device)
+        if model is None:
+            model = build_model(self.bundle.plans, self.bundle.weights())
+        self.model: PromptableModel = model.to(self.device)
+        self.checkpoint: Callable[[], None] | None = None
         self._feature_bytes = feature_memory_mb * 1e6
         self._volume: Volume | None = None
-        self._canonical: Volume | None = None
-        self._features: OrderedDict[Patch, PatchFeatures] = OrderedDict()
+        self._answerer: Answerer | None = None
+        self._experts = self.model.arms[1:]
         self._start()
 
     # -- volume and objects ------------------------------------------------------------------------------------------
@@ -122,13 +109,20 @@ class Session:
         if not isinstance(volume, Volume):
             message = f"a session needs a Volume, got {type(volume).__name__}. Use Volume(array_kji, ijk_to_ras)."
             raise SessionStateError(message)
-        self._canonical = volume.canonical()
+        if self._answerer is not None:
+            self._answerer.close()
+        plans, canonical = self.bundle.plans, volume.canonical()
+        self._answerer = Answerer(self.model, plans, self.device, canonical, self._feature_bytes)
         self._volume = volume
-        self._features.clear()
         self._start()
 
+    def forget_features(self) -> None:
+        """Free the memory of kept features; the next prompt computes its own again."""
+        if self._answerer is not None:
+            self._answerer.forget()
+
     def _start(self) -> None:
-        self._names: tuple[str, ...] = (FIRST_OBJECT,)
+        self._names: tuple[str, ...] = ()
         self._selected = FIRST_OBJECT
         self._history = [SessionState()]
         self._now = 0
@@ -141,8 +135,8 @@ class Session:
 
     @property
     def objects(self) -> tuple[str, ...]:
-        """Names of the objects, oldest first."""
-        return self._names
+        """Names of the objects, oldest first; where there are none, the nameless first one."""
+        return tuple(name for name in self._names if name not in self._state.removed) or (FIRST_OBJECT,)
 
     @property
     def selected(self) -> str:
@@ -156,7 +150,7 @@ class Session:
 
     @property
     def changed(self) -> Box:
-        """Half-open box on the volume's grid: outside it the last add, undo, redo or reset left all masks alone."""
+        """Half-open box on the volume's grid: outside it the last verb, undo or redo left all masks alone."""
         return self._changed
 
     def prompts(self, name: str | None = None) -> tuple[Prompt, ...]:
@@ -168,14 +162,47 @@ class Session:
 
         Nothing is done to any object, so `undo` does not take it back, and `redo` stays possible.
         """
-        if not isinstance(name, str) or not name:
-            message = f"an object's name must be text and not empty, got {name!r}."
-            raise SessionStateError(message)
-        if self._names == (FIRST_OBJECT,) and not any(state.objects for state in self._history):
-            self._names = (name,)  # nothing was done with the nameless first object
-        elif name not in self._names:
-            self._names = (*self._names, name)
+        _check_name(name)
+        if name not in self.objects:
+            if name in self._state.removed:  # a new one of that name
+                state = replace(self._state, removed=self._state.removed - {name})
+                self._history = [*self._history[: self._now], state, *self._history[self._now + 1 :]]
+            self._know(name)
         self._selected = name
+        return self.prediction
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an object another name. Like `select` no step: undo never takes it back.
+
+        Raises:
+            SessionStateError: there is no such object, or the new name is taken, be it by one that undo can bring back.
+        """
+        self._object(old)
+        _check_name(new)
+        if new == old:
+            return
+        if new in self._names or any(step.name == new for state in self._history for step in state.steps):
+            message = f"an object's new name must be free; {new!r} is or was another object's. Choose another name."
+            raise SessionStateError(message)
+        self._know(old)
+        self._names = tuple(new if name == old else name for name in self._names)
+        self._history = [state.renamed(old, new) for state in self._history]
+        self._selected = new if self._selected == old else self._selected
+
+    def remove(self, name: str | None = None) -> Prediction | None:
+        """Take an object away (the selected one by default), its prompts and mask with it; `undo` brings it back.
+
+        Returns:
+            The prediction of the object that is selected now.
+
+        Raises:
+            SessionStateError: there is no such object, or it is locked.
+        """
+        self._object(name)
+        name = name or self._selected
+        self._require_unlocked(name, "its removal")
+        if name in self._names:
+            self._push(self._state.after(Step(name, "remove"), {name: ObjectState()}))
         return self.prediction
 
     def lock(self, name: str | None = None) -> None:
@@ -189,64 +216,174 @@ class Session:
     def _set_lock(self, name: str | None, locked: bool) -> None:
         own, name = self._object(name), name or self._selected
         if own.locked != locked:
-            self._push(Step(name, "lock" if locked else "unlock"), {name: replace(own, locked=locked)})
+            step = Step(name, "lock" if locked else "unlock")
+            self._push(self._state.after(step, {name: replace(own, locked=locked)}))
 
     def prediction_of(self, name: str) -> Prediction | None:
         """The prediction of any object."""
         return self._object(name).prediction
 
     def label_map(self) -> tuple[npt.NDArray[np.uint16], tuple[str, ...]]:
-        """All objects in one (K, J, I) uint16 array; object n of the returned names has value n + 1."""
+        """All objects in one (K, J, I) uint16 array; object n of the returned names has value n + 1.
+
+        Where objects overlap, the newest one shows.
+        """
         volume, _ = self._require_volume()
         labels = np.zeros(volume.shape_kji, dtype=np.uint16)
         for value, name in enumerate(self.objects, start=1):
-            prediction = self._state.of(name).prediction
-            if prediction is not None and prediction.packed.box.size:
-                part = volume.to_canonical(labels)[prediction.packed.box.slices]
-                part[prediction.packed.unpack()] = value
+            mask = self._state.of(name).mask
+            if mask.box.size:
+                volume.to_canonical(labels)[mask.box.slices][mask.unpack()] = value
         return labels, self.objects
+
+    # -- experts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts that take part in the next prompt; the foundation always does."""
+        return self._experts
+
+    def use_experts(self, names: Iterable[str] | None) -> None:
+        """Choose the experts that take part from the next prompt on, None for all. Like `select` no step of undo.
+
+        Raises:
+            SessionStateError: the bundle has no expert of such a name.
+        """
+        everyone = self.model.arms[1:]
+        chosen = set(everyone if names is None else names)
+        unknown = sorted(str(name) for name in chosen - set(everyone))
+        if unknown:
+            message = f"experts must be among the bundle's, {list(everyone)}; got {unknown}. Use another bundle."
+            raise SessionStateError(message)
+        self._experts = tuple(name for name in everyone if name in chosen)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: Prompt) -> Prediction:
+    def add(self, prompt: Prompt, neighbours: Neighbours = Neighbours.COMPETE) -> Prediction:
         """Give one prompt to the selected object.
+
+        Args:
+            prompt: what the user says.
+            neighbours: whether other objects keep their voxels, compete for them or may be overlapped.
 
         Raises:
             SessionStateError: no volume yet, or the object is locked.
             PromptError: the prompt does not fit the volume, or contradicts another one.
         """
-        volume, canonical = self._require_volume()
-        name, own = self._selected, self._state.of(self._selected)
-        if own.locked:
-            message = f"object {name!r} is locked; got a {type(prompt).__name__}. Unlock it, or select another object."
-            raise SessionStateError(message)
-        prompts = (*own.prompts, prompt)
-        evidence, newest = Evidence.of(prompts, canonical), Evidence.of([prompt], canonical)
-        self._refuse_claimed_voxels(newest)
-        answer = self._answer(own, evidence, newest)
-        packed = self._keep_promises(answer, evidence)
-        others, touched = self._others_without(packed)
-        before = own.prediction.packed.box if own.prediction else NOTHING
-        changed = volume.from_canonical_box(before.union(packed.box).union(touched))
-        prediction = Prediction(
-            volume=volume,
-            canonical=canonical,
-            name=name,
-            patch=answer.patch,
-            logits=answer.logits,
-            packed=packed,
-            changed=changed,
-            quality=answer.quality,
-            arms=self._model.arms,
-            opinion=self._opinion_of(answer),
-        )
-        # negative prompts alone leave nothing to build on: the first positive one chooses its patch as if it were first
-        kept = answer if evidence.extent() is not None else None
-        self._push(Step(name, prompt), {**others, name: ObjectState(prompts, kept, prediction)})
-        return prediction
+        _, answerer = self._require_volume()
+        name, own, neighbours = self._selected, self._state.of(self._selected), _neighbours(neighbours)
+        self._require_unlocked(name, f"a {type(prompt).__name__}")
+        with checkpoints(self.checkpoint):
+            newest = Evidence().plus(prompt, answerer.canonical)
+            evidence = own.evidence.plus(prompt, answerer.canonical)
+            others = self._state.others(name)
+            refuse_claimed(newest, own.mask, others, neighbours, name)
+            told = replace(own, prompts=(*own.prompts, prompt), evidence=evidence)
+            answer = answerer.answer(told, newest, seen_as_outside(own, others, neighbours), self._experts)
+            if newest.start is not None:  # a new mask to start from replaces what a hand drew
+                told = replace(told, drawing=None)
+            if told.drawing is not None:
+                near = (*told.drawing.near, *close_to(newest, answer.patch))
+                told = replace(told, drawing=replace(told.drawing, near=near))
+            chosen = None if self._experts == self.model.arms[1:] else self._experts
+            state = self._settled(self._state, Step(name, prompt, neighbours, chosen), told, answer)
+        return self._push_prediction(state, name)
+
+    def edit(self, mask: MaskPrompt, amend: bool = False, neighbours: Neighbours = Neighbours.OVERLAP) -> Prediction:
+        """Let the selected object's mask be exactly this one, drawn by hand; the network is not asked.
+
+        Later prompts start from it and change only what they change in the network's answer; what the hand changed,
+        and a little around it, they change only close to themselves. Prompts that contradict the mask no longer count.
+
+        Args:
+            mask: positive, on the volume's grid; an empty one empties the object.
+            amend: one undo takes back this together with what was done before.
+            neighbours: with COMPETE others lose these voxels, but locked ones; with KEEP this object gets none of
+                theirs.
+
+        Raises:
+            SessionStateError: no volume yet, or the object is locked.
+            PromptError: the mask is negative or on another grid.
+        """
+        _, answerer = self._require_volume()
+        name, own, neighbours = self._selected, self._state.of(self._selected), _neighbours(neighbours)
+        self._require_unlocked(name, "a hand edit")
+        with checkpoints(self.checkpoint):
+            edit = Edit.of(mask)
+            others = self._state.others(name)
+            drawn = by_hand(PackedMask.pack(*mask.region(answerer.canonical)), others, neighbours)
+            checkpoint()
+            evidence = own.evidence.under(drawn)
+            answer = answerer.drawn(own.answer, drawn, evidence)
+            told = replace(own, evidence=evidence)
+            state = self._settled(self._state, Step(name, edit, neighbours, amend=bool(amend)), told, answer, drawn)
+        return self._push_prediction(state, name, amend)
+
+    def finish(self, smoothing_mm: float = 0.0, islands: bool = True) -> Prediction | None:
+        """Choose how the selected object's mask is made from its probability, now and from now on; quick.
+
+        Clicks stay honoured, what a hand drew stays, and other objects lose nothing. Finishing the same object again
+        takes the place of the time before: one undo takes back a slider's whole way.
+
+        Args:
+            smoothing_mm: standard deviation of the Gaussian that smooths the logits.
+            islands: False drops the parts that no positive prompt touches.
+
+        Raises:
+            SessionStateError: no volume yet, or the object is locked.
+            PromptError: values out of range.
+        """
+        self._require_volume()
+        name = self._selected
+        self._require_unlocked(name, "its finishing")
+        finish = Finish(smoothing_mm, islands)
+        again = self._ends_with_finish(name)
+        base = self._history[self._now - 1] if again else self._state
+        own = replace(base.of(name), finish=finish)
+        if finish == base.of(name).finish:
+            if again:
+                self._move_to(self._now - 1)
+                self._history = self._history[: self._now + 1]
+            return self.prediction
+        step = Step(name, finish, Neighbours.KEEP)
+        if own.answer is None:  # for later
+            self._push(base.after(step, {name: own}), amend=again)
+            return self.prediction
+        with checkpoints(self.checkpoint):
+            state = self._settled(base, step, own, own.answer)
+        return self._push_prediction(state, name, again)
+
+    def _ends_with_finish(self, name: str) -> bool:
+        """Whether the present state differs from the one before by an object's finishing alone."""
+        steps = self._state.steps
+        if not steps or steps[-1].name != name or not isinstance(steps[-1].done, Finish):
+            return False
+        return self._now > 0 and self._history[self._now - 1].steps == steps[:-1]
+
+    def reset(self) -> None:
+        """Drop the selected object's prompts and mask; `undo` brings them back."""
+        self._require_unlocked(self._selected, "its reset")
+        if self._state.of(self._selected) != ObjectState():
+            self._push(self._state.after(Step(self._selected, "reset"), {self._selected: ObjectState()}))
+
+    def suggest(self) -> Suggestion | None:
+        """Where the next click for the selected object is expected to help most; None where it would help little.
+
+        Never on a click that was made nor in a locked object. Quick: the network is not asked.
+        """
+        prediction = self.prediction
+        if prediction is None:
+            return None
+        states = self._state.objects
+        clicks = [ijk for state in states.values() for ijk, _ in state.evidence.clicks]
+        taken = [state.mask for name, state in states.items() if state.locked and name != self._selected]
+        with checkpoints(self.checkpoint):
+            return suggest(prediction, clicks, taken)
+
+    # -- undo and redo -----------------------------------------------------------------------------------------------
 
     def undo(self) -> Prediction | None:
-        """Take back the last prompt, lock, unlock or reset, of whatever object; the selection stays as it is.
+        """Take back the last thing done to whatever object; the selection stays as it is.
 
         Returns:
             The selected object's prediction; its `changed` is the session's: where any object may differ now.
@@ -265,8 +402,7 @@ class Session:
             message = f"there is nothing to {verb} in this session."
             raise SessionStateError(message)
         self._move_to(self._now + direction)
-        prediction = self.prediction
-        return None if prediction is None else replace(prediction, changed=self._changed)
+        return self._as_changed()
 
     @property
     def can_undo(self) -> bool:
@@ -278,31 +414,63 @@ class Session:
         """Whether `redo` would succeed."""
         return self._now < len(self._history) - 1
 
-    def reset(self) -> None:
-        """Drop the selected object's prompts and mask; `undo` brings them back."""
-        own = self._state.of(self._selected)
-        if own.locked:
-            message = f"object {self._selected!r} is locked. Unlock it before its reset."
-            raise SessionStateError(message)
-        if own.prompts:
-            self._push(Step(self._selected, "reset"), {self._selected: ObjectState()})
-
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All that was done to all objects, in its order; `revise` takes such a list."""
+        return self._state.steps
+
+    def revise(self, steps: Sequence[Step]) -> Prediction | None:
+        """Let all that was done be these steps: some deleted, some changed. One undo brings back what was.
+
+        Work starts at the newest state of the history from which these steps go on.
+
+        Returns:
+            The selected object's prediction; its `changed` is the session's.
+
+        Raises:
+            SessionStateError: no volume yet, or a step is not possible after those before it; nothing was changed.
+            PromptError: a prompt does not fit any more; nothing was changed.
+        """
+        self._require_volume()
+        steps = tuple(steps)
+        for step in steps:
+            if not isinstance(step, Step):
+                message = f"steps must be those of `Session.steps`, got {type(step).__name__}."
+                raise PromptError(message)
+        begun = [state for state in self._history if state.steps == steps[: len(state.steps)]]
+        start = max(begun, key=lambda state: len(state.steps), default=SessionState())
+        before = self._everything()
+        try:
+            self._history, self._now = [start], 0
+            self._do_all(steps[len(start.steps) :])
+            state, names = self._state, self._names
+        finally:
+            self._names, self._selected, self._history, self._now, self._changed = before
+        self._names = names
+        self._push(state)
+        return self._as_changed()
+
+    def to_json(self, steps: bool = True) -> dict[str, Any]:
         """All that was done to all objects in its order, in RAS mm; no image content and no file name.
 
         What was undone is left out. What was reset is there: while it lasted, other objects kept off it.
+
+        Args:
+            steps: False leaves them out, for those who keep the steps themselves.
         """
         volume, _ = self._require_volume()
-        return {
+        chosen = {} if self._experts == self.model.arms[1:] else {"experts": list(self._experts)}
+        about: dict[str, Any] = {
             "format": FORMAT,
             "bundle": self.bundle.identity,
             "grid": {"shape_kji": list(volume.shape_kji), "ijk_to_ras": volume.ijk_to_ras.tolist()},
-            "objects": list(self._names),
+            **chosen,
+            "objects": list(self.objects),
             "selected": self._selected,
-            "steps": [step.to_json() for step in self._state.steps],
         }
+        return {**about, "steps": [step.to_json() for step in self._state.steps]} if steps else about
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompts as JSON; the file appears whole or not at all."""
@@ -314,8 +482,8 @@ class Session:
     ) -> Session:
         """A new session to which everything in a file is done again, in its order.
 
-        Prompts are in patient space, so the volume may be another one than they were drawn on; mask prompts need its
-        grid. With the same volume and bundle the masks come out the same.
+        Prompts are in patient space, so the volume may be another one than they were drawn on; mask prompts and hand
+        edits need its grid. With the same volume and bundle the masks come out the same.
 
         Raises:
             PromptError: a file that is no prompts file, or prompts that do not fit the volume.
@@ -331,21 +499,30 @@ class Session:
 
         Raises:
             PromptError: it is no such description, or a prompt does not fit the volume.
-            SessionStateError: no volume yet, or an object of that name is locked here.
+            SessionStateError: no volume yet, an object of that name is locked here, or an expert is not in the bundle.
         """
         self._require_volume()
         names, selected, steps = parse_steps(saved)
-        before = self._names, self._selected, self._history, self._now, self._changed
+        chosen = experts_from_json(saved.get("experts"))
+        before, experts = self._everything(), self._experts
         try:
             for name in names:
                 self.select(name)
-            for step in steps:
-                self.select(step.name)
-                self._do(step)
-            self.select(selected)
+                if len(names) > 1:  # also a first object without a name of its own keeps its place
+                    self._know(name)
+            self._do_all(steps)
+            for name in (*names, selected):  # also those made anew after their removal
+                self.select(name)
+            self.use_experts(chosen)
         except BaseException:
             self._names, self._selected, self._history, self._now, self._changed = before
+            self._experts = experts
             raise
+
+    def _do_all(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            self.select(step.name)
+            self._do(step)
 
     def _do(self, step: Step) -> None:
         match step.done:
@@ -355,245 +532,157 @@ class Session:
                 self.unlock()
             case "reset":
                 self.reset()
+            case "remove":
+                self.remove()
+            case Edit() as edit:
+                self.edit(edit.mask, step.amend, step.neighbours)
+            case Finish(smoothing_mm, islands):
+                self.finish(smoothing_mm, islands)
             case prompt:
-                self.add(prompt)
+                chosen = self._experts
+                self.use_experts(step.experts)
+                try:
+                    self.add(prompt, step.neighbours)
+                finally:
+                    self._experts = chosen
 
-    # -- from prompts to an answer -----------------------------------------------------------------------------------
-
-    def _answer(self, own: ObjectState, evidence: Evidence, newest: Evidence) -> Answer:
-        """Choose patches and decode until the object fits its patch."""
-        plans = self.bundle.plans
-        if own.answer is not None and newest.box is None and newest.start is None and fits(own.answer.patch, newest):
-            answer = self._decode(own.answer.patch, evidence, own.answer, newest)
-        elif evidence.box is None and evidence.start is None and evidence.extent() is not None and own.answer is None:
-            answer = self._first_click(evidence, newest)
-        else:
-            answer = self._decode(self._patch_around(evidence, own.answer), evidence, own.answer, newest)
-        if evidence.extent() is None:  # nobody has said where the object is
-            return replace(answer, logits=np.minimum(answer.logits, np.float32(-MARGIN)))
-        if evidence.box is not None and evidence.flat is None:  # a 3D box bounds the object
-            return answer
-        for _ in range(4):
-            patch = regrown(answer, evidence, own.answer, self._require_volume()[1], plans.margin)
-            if patch is None:
-                break
-            fitted = self._decode(patch, evidence, None, newest)
-            if not (fitted.logits > 0).any():
-                break
-            answer = fitted
-        return answer
-
-    def _patch_around(self, evidence: Evidence, before: Answer | None) -> Patch:
-        """The patch for a box, a mask to start from, or prompts beyond the former patch."""
-        _, canonical = self._require_volume()
-        extent = evidence.extent()
-        start, stop = (np.array(extent.start, float), np.array(extent.stop, float)) if extent else (None, None)
-        if start is None or stop is None:  # negative prompts alone: look where they are
-            boxes = [Box(ijk, (ijk[0] + 1, ijk[1] + 1, ijk[2] + 1)) for ijk, _ in evidence.clicks]
-            around = boxes[0] if boxes else evidence.regions[0][0]
-            start, stop = np.array(around.start, float), np.array(around.stop, float)
-        if evidence.flat is not None and evidence.box is not None:  # the object's reach across the slice is unknown
-            spacing = np.array(canonical.spacing)
-            length = np.delete((stop - start) * spacing, evidence.flat).max() / spacing[evidence.flat]
-            middle = (start[evidence.flat] + stop[evidence.flat]) / 2
-            start[evidence.flat] = min(start[evidence.flat], middle - length / 2)
-            stop[evidence.flat] = max(stop[evidence.flat], middle + length / 2)
-        if before is not None and evidence.box is None:
-            found = mask_faces(before)
-            if found is not None:
-                start, stop = np.minimum(start, found[0]), np.maximum(stop, found[1])
-        plans = self.bundle.plans
-        return Patch.fit(start, stop, canonical.spacing, plans.patch_size, plans.margin)
-
-    def _first_click(self, evidence: Evidence, newest: Evidence) -> Answer:
-        """Without a box the size is unknown: look at several zooms and keep the answer that the model trusts most."""
-        _, canonical = self._require_volume()
-        extent = evidence.extent()
-        assert extent is not None, "checked by the caller"
-        centre = (np.array(extent.start) + np.array(extent.stop) - 1) / 2
-        least = ((np.array(extent.stop) - np.array(extent.start)) * canonical.spacing).max() * 1.3
-        plans = self.bundle.plans
-        most = (np.array(canonical.shape_ijk) * canonical.spacing).max()
-        sides = [max(min(side, most), least, 8 * min(canonical.spacing)) for side in plans.zooms_mm]
-        answers = [
-            self._decode(Patch.cube(centre, side, canonical.spacing, plans.patch_size), evidence, None, newest)
-            for side in dict.fromkeys(sides)
-        ]
-        return max(answers, key=trust)
-
-    def _decode(self, patch: Patch, evidence: Evidence, before: Answer | None, newest: Evidence) -> Answer:
-        """One pass of prompt encoder and mask decoder; features come from the store where it has them."""
-        same = before is not None and before.patch == patch
-        previous: FloatImage | None = None
-        if newest.start is not None:
-            previous = mask_on_patch(newest.start, patch)
-        elif before is not None and same:
-            previous = np.asarray(1 / (1 + np.exp(-before.logits)), dtype=np.float32)
-        elif evidence.start is not None:
-            previous = mask_on_patch(evidence.start, patch)
-        others = [other.packed for _, _, other in self._others()]
-        prompts = patch_prompts(evidence, patch, previous, others)
-        with torch.inference_mode():
-            decoded = self._model.decode(self._features_of(patch), _to(prompts, self.device))
-        logits: FloatImage = decoded.logits[0].cpu().numpy()
-        if before is not None and same and newest.box is None and newest.start is None:
-            logits = keep_change_local(logits, before.logits, _samples(newest, patch))
-        if evidence.box is not None and evidence.flat is None:
-            logits = keep_in_box(logits, prompts.box[0].numpy(), prompts.positive[0].numpy())
-        logits = remove_islands(logits, prompts.positive[0].numpy())
-        return Answer(patch, logits, float(decoded.quality[0]), prompts)
-
-    def _features_of(self, patch: Patch) -> PatchFeatures:
-        if patch in self._features:
-            self._features.move_to_end(patch)
-            return self._features[patch]
-        _, canonical = self._require_volume()
-        image, inside = sample_image(canonical.array_kji, patch)
-        with torch.inference_mode():
-            features = self._model.encode(normalise(image[None], inside[None]).to(self.device))
-        self._features[patch] = features
-        while len(self._features) > 1 and sum(kept.nbytes for kept in self._features.values()) > self._feature_bytes:
-            self._features.popitem(last=False)
-        return features
-
-    def _opinion_of(self, answer: Answer) -> Callable[[int], tuple[FloatImage, FloatImage]]:
-        """What `Prediction.experts` calls: one arm's logits and weight on the patch."""
-        volume = self._volume
-
-        def opinion(arm: int) -> tuple[FloatImage, FloatImage]:
-            if self._volume is not volume:
-                message = "the experts of a prediction can be asked while its volume is the session's; it was changed."
-                raise SessionStateError(message)
-            with torch.inference_mode():
-                features = self._features_of(answer.patch)
-                alone = self._model.decode(self._model.only(features, arm), _to(answer.prompts, self.device))
-                share = torch.nn.functional.interpolate(
-                    features.weights[:, arm : arm + 1].float(), size=answer.logits.shape, mode="trilinear"
-                )
-            return alone.logits[0].cpu().numpy(), share[0, 0].cpu().numpy()
-
-        return opinion
-
-    # -- promises ----------------------------------------------------------------------------------------------------
-
-    def _others(self) -> list[tuple[str, ObjectState, Prediction]]:
-        """The objects with a mask, but for the selected one; oldest first."""
-        states = [(name, self._state.of(name)) for name in self._names if name != self._selected]
-        return [(name, state, state.prediction) for name, state in states if state.prediction is not None]
-
-    def _refuse_claimed_voxels(self, newest: Evidence) -> None:
-        """A positive click may take a voxel from another object, but not a locked one's nor another's own click."""
-        _, canonical = self._require_volume()
-        for name, state, other in self._others():
-            claimed = {click.ijk(canonical) for click in state.positive_clicks}
-            for ijk, sign in newest.clicks:
-                if sign > 0 and state.locked and other.packed.contains(ijk):
-                    message = (
-                        f"a positive click must lie outside locked objects; the click lies in {name!r}. "
-                        f"Unlock {name!r}, or click beside it."
-                    )
-                    raise PromptError(message)
-                if sign > 0 and ijk in claimed:
-                    message = (
-                        f"a voxel can only belong to one object; the click for {self._selected!r} lies on the voxel of "
-                        f"a positive click for {name!r}. Undo that one, or click beside it."
-                    )
-                    raise PromptError(message)
-
-    def _keep_promises(self, answer: Answer, evidence: Evidence) -> PackedMask:
-        """The mask at the volume's own resolution: inside the patch, clicks honoured, other objects respected.
-
-        Each voxel that another object has goes to the more probable of the two. Locked objects keep theirs, and
-        positive clicks of other objects count as negative ones here.
-        """
-        _, canonical = self._require_volume()
-        domain = answer.patch.box(canonical.shape_kji)
-        clicks = list(evidence.clicks)
-        for _, state, _ in self._others():
-            clicks += [(click.ijk(canonical), -1) for click in state.positive_clicks]
-        clicks = list(dict.fromkeys(clicks))
-        candidates = mask_voxels(answer).intersect(domain)
-        box = candidates
-        for ijk, sign in clicks:
-            near = click_reach(answer.patch, ijk).dilate(SPECK).intersect(domain)
-            if sign > 0 or near.intersect(candidates).size:
-                box = box.union(near)
-        logits = upsample(answer.logits, answer.patch, box)
-        blocked = np.zeros(box.shape_kji, dtype=bool)
-        for _, state, other in self._others():
-            common = other.packed.box.intersect(box)
-            if common.size == 0:
-                continue
-            inside, theirs = common.within(box).slices, other.packed.on(common)
-            if state.locked:
-                blocked[inside] |= theirs
-            else:  # by how much this object is the more probable one
-                lead = np.maximum(upsample(other.logits, other.patch, common), 0)
-                logits[inside] -= np.where(theirs, lead, 0)
-        return PackedMask.pack(box, honour(logits, box, answer.patch, clicks, blocked))
-
-    def _others_without(self, mine: PackedMask) -> tuple[dict[str, ObjectState], Box]:
-        """Other objects that lose voxels to a mask, and a box of the canonical volume around all that they lose.
-
-        What is left of them has no new specks, and all their positive clicks: `_keep_promises` saw to that.
-        """
-        _, canonical = self._require_volume()
-        changed: dict[str, ObjectState] = {}
-        touched = NOTHING
-        for name, state, other in self._others():
-            common = other.packed.box.intersect(mine.box)
-            lost = Box.around(other.packed.on(common) & mine.on(common))
-            if lost is None:
-                continue
-            box = other.packed.box
-            rest = other.packed.unpack()
-            rest[common.within(box).slices] &= ~mine.on(common)
-            near = lost.shift(common.start).dilate(1).intersect(box)
-            remove_specks(rest, box, near, [click.ijk(canonical) for click in state.positive_clicks])
-            reach = near.dilate(SPECK).intersect(box)
-            shrunk = replace(other, packed=PackedMask.pack(box, rest), changed=other.volume.from_canonical_box(reach))
-            changed[name] = replace(state, prediction=shrunk)
-            touched = touched.union(reach)
-        return changed, touched
+    def _everything(self) -> tuple[tuple[str, ...], str, list[SessionState], int, Box]:
+        return self._names, self._selected, self._history, self._now, self._changed
 
     # -- state -------------------------------------------------------------------------------------------------------
+
+    def _settled(
+        self, state: SessionState, step: Step, own: ObjectState, answer: Answer, drawn: PackedMask | None = None
+    ) -> SessionState:
+        """The state after a step that gave an object an answer of the network, or a mask drawn by hand.
+
+        Args:
+            state: before it.
+            step: what was done.
+            own: the object with it, but for answer and prediction.
+            answer: what the next prompt builds on.
+            drawn: the whole mask, where a hand drew it.
+        """
+        volume, answerer = self._require_volume()
+        before, others = state.of(step.name).mask, state.others(step.name)
+        shown = replace(answer, logits=self._finished(own, answer))
+        if drawn is None:
+            packed = final_mask(own, shown, others, step.neighbours, before, answerer.canonical)
+        else:
+            packed = drawn
+            drawing = drawing_of(state.of(step.name), drawn, shown, answerer.canonical) if drawn.box.size else None
+            own = replace(own, drawing=drawing)
+        checkpoint()
+        lost: Mapping[str, ObjectState] = {}
+        touched = NOTHING
+        if step.neighbours is Neighbours.COMPETE:
+            lost, touched = losers(packed, before, others, answerer.canonical)
+        former = before.box.union(self._state.of(step.name).mask.box)
+        prediction = Prediction(
+            volume=volume,
+            canonical=answerer.canonical,
+            name=step.name,
+            patch=shown.patch,
+            logits=shown.logits,
+            packed=packed,
+            changed=volume.from_canonical_box(former.union(packed.box).union(touched)),
+            arms=("foundation", *answer.experts) if len(answer.weights) else (),
+            weights=answer.weights,
+            opinion=answerer.opinion_of(answer),
+        )
+        # negative prompts alone leave nothing to build on: the first positive one chooses its patch as if it were first
+        kept = answer if own.evidence.extent() is not None else None
+        return state.after(step, {**lost, step.name: replace(own, answer=kept, prediction=prediction)})
+
+    def _finished(self, own: ObjectState, answer: Answer) -> FloatImage:
+        if own.finish == Finish():
+            return answer.logits
+        positive = np.zeros(answer.logits.shape, dtype=bool)
+        if answer.prompts is not None:
+            positive = positive | answer.prompts.positive[0].numpy()
+        if own.evidence.start is not None:
+            positive = positive | samples_in(own.evidence.start, answer.patch)
+        _, answerer = self._require_volume()
+        spacing = np.array(answer.patch.step) * answerer.canonical.spacing
+        return finished(answer.logits, positive, spacing, own.finish)
 
     @property
     def _state(self) -> SessionState:
         return self._history[self._now]
 
-    def _push(self, step: Step, changed: Mapping[str, ObjectState]) -> None:
-        state = self._state.after(step, changed)
-        self._history = [*self._history[: self._now + 1], state][-HISTORY:]
+    def _push(self, state: SessionState, amend: bool = False) -> None:
+        """Go on to a new state; `amend` lets it take the place of the present one."""
+        former, shown = self._history[: self._now + (0 if amend and self._now else 1)], self._state
+        for name in state.objects:
+            self._know(name)
+        self._history = [*former, state][-HISTORY:]
         self._now = len(self._history) - 1
-        self._changed = self._difference(self._history[self._now - 1], state)
+        self._changed = self._difference(shown, state)
+        self._keep_selection()
+
+    def _push_prediction(self, state: SessionState, name: str, amend: bool = False) -> Prediction:
+        self._push(state, amend)
+        prediction = state.of(name).prediction
+        assert prediction is not None, "made by `_settled`"
+        return prediction
 
     def _move_to(self, moment: int) -> None:
         before, self._now = self._state, moment
         self._changed = self._difference(before, self._state)
+        self._keep_selection()
+
+    def _as_changed(self) -> Prediction | None:
+        """The selected object's prediction, `changed` being the session's."""
+        return self.prediction and replace(self.prediction, changed=self._changed)
+
+    def _know(self, name: str) -> None:
+        if name not in self._names:
+            self._names = (*self._names, name)
+
+    def _keep_selection(self) -> None:
+        if self._selected not in self.objects:
+            self._selected = self.objects[-1]
 
     def _difference(self, a: SessionState, b: SessionState) -> Box:
         """Box on the volume's grid around the masks of all objects whose masks differ between two states."""
         box = NOTHING
         for name in {*a.objects, *b.objects}:
-            masks = [prediction and prediction.packed for prediction in (a.of(name).prediction, b.of(name).prediction)]
+            masks = a.of(name).mask, b.of(name).mask
             if masks[0] is not masks[1]:
-                for mask in masks:
-                    box = box.union(mask.box) if mask else box
+                box = box.union(masks[0].box).union(masks[1].box)
         return self._volume.from_canonical_box(box) if self._volume and box.size else NOTHING
 
     def _object(self, name: str | None) -> ObjectState:
         name = self._selected if name is None else name
-        if name not in self._names:
-            message = f"there is no object {name!r}; there are {list(self._names)}. Use `select` to make one."
+        if name not in self.objects:
+            message = f"there is no object {name!r}; there are {list(self.objects)}. Use `select` to make one."
             raise SessionStateError(message)
         return self._state.of(name)
 
-    def _require_volume(self) -> tuple[Volume, Volume]:
-        if self._volume is None or self._canonical is None:
+    def _require_unlocked(self, name: str, what: str) -> None:
+        if self._state.of(name).locked:
+            message = f"object {name!r} is locked; got {what}. Unlock it, or select another object."
+            raise SessionStateError(message)
+
+    def _require_volume(self) -> tuple[Volume, Answerer]:
+        if self._volume is None or self._answerer is None:
             message = "this session has no volume yet. Call `set_volume` first."
             raise SessionStateError(message)
-        return self._volume, self._canonical
+        return self._volume, self._answerer
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        message = f"an object's name must be text and not empty, got {name!r}."
+        raise SessionStateError(message)
+
+
+def _neighbours(value: Neighbours | str) -> Neighbours:
+    try:
+        return Neighbours(value)
+    except ValueError:
+        message = f"neighbours must be one of {[n.value for n in Neighbours]}, got {value!r}."
+        raise PromptError(message) from None
 
 
 def find_device(name: str) -> torch.device:
@@ -618,21 +707,3 @@ def find_device(name: str) -> torch.device:
         message = f"device {name!r} was asked for; there are {torch.cuda.device_count()} CUDA devices. Use 'cuda'."
         raise DeviceError(message)
     return device
-
-
-def _samples(newest: Evidence, patch: Patch) -> list[tuple[int, int, int]]:
-    """Samples (K, J, I) of the newest clicks and regions; a region gives at most a hundred."""
-    voxels = [np.array(ijk) for ijk, _ in newest.clicks]
-    for box, crop, _ in newest.regions:
-        inside = np.argwhere(crop)[:, ::-1] + np.array(box.start)
-        voxels += list(inside[:: max(1, len(inside) // 100)])
-    samples = []
-    for voxel in voxels:
-        i, j, k = np.clip(np.round(patch.to_patch(voxel)), 0, patch.size - 1).astype(int).tolist()
-        samples.append((k, j, i))
-    return samples
-
-
-def _to(prompts: PatchPrompts, device: torch.device) -> PatchPrompts:
-    tensors = {name: getattr(prompts, name).to(device) for name in PatchPrompts.__slots__}
-    return PatchPrompts(**tensors)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from KA2ERSegment.geometry import BoolArray, Box
-from KA2ERSegment.prediction import FloatImage
+from KA2ERSegment.prediction import FloatImage, expected_dice, sigmoid
 from KA2ERSegment.preprocessing import Patch
 from KA2ERSegment.prompt_encoder import PatchPrompts
 from KA2ERSegment.rasterise import Evidence
@@ -22,14 +22,16 @@ class Answer:
     Args:
         patch: that it saw.
         logits: (S, S, S) float32.
-        quality: expected Dice, 0..1.
-        prompts: as the network saw them.
+        prompts: as the network saw them; None where it was not asked, and a hand drew the mask.
+        experts: that took part.
+        weights: (arms, n, n, n) float32, the shares of the foundation alone and of each of them.
     """
 
     patch: Patch
     logits: FloatImage
-    quality: float
-    prompts: PatchPrompts
+    prompts: PatchPrompts | None
+    experts: tuple[str, ...]
+    weights: FloatImage
 
 
 def fits(patch: Patch, newest: Evidence) -> bool:
@@ -41,16 +43,12 @@ def fits(patch: Patch, newest: Evidence) -> bool:
 
 
 def trust(answer: Answer) -> float:
-    """How much an answer to a first click is worth: the Dice to expect if its probabilities are right.
-
-    E[Dice] is about 2 sum(p m) / (sum(p) + sum(m)) for a mask m; less where the object is a dot or is cut off.
-    """
+    """How much an answer to a first click is worth: the Dice to expect, less where the object is a dot or cut off."""
     mask = answer.logits > 0
     extent = Box.around(mask)
     if extent is None:
         return -1.0
-    probability = 1 / (1 + np.exp(-answer.logits))
-    expected = 2 * float(probability[mask].sum()) / (float(probability.sum()) + int(mask.sum()))
+    expected = expected_dice(sigmoid(answer.logits.copy()), mask)
     small = min(1.0, max(extent.shape_kji) / mask.shape[0] / 0.2)
     cut = sum(float(face.mean()) for face in _faces(mask))
     return float(expected * small - 0.3 * min(1.0, cut))

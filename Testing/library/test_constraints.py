@@ -11,6 +11,7 @@ from scipy import ndimage
 from KA2ERSegment.constraints import (
     SPECK,
     click_reach,
+    finished,
     honour,
     keep_change_local,
     keep_in_box,
@@ -19,6 +20,7 @@ from KA2ERSegment.constraints import (
 )
 from KA2ERSegment.geometry import Box
 from KA2ERSegment.preprocessing import Patch
+from KA2ERSegment.steps import Finish
 
 SHAPE = (18, 22, 26)  # KJI
 BOX = Box.of_shape(SHAPE)
@@ -222,3 +224,62 @@ def test_nothing_leaks_out_of_a_box_until_a_click_says_so() -> None:
     assert (keep_in_box(everything, inside, inside) == bounded).all()
     assert (keep_in_box(everything, inside, outlier) == everything).all()
     assert (keep_in_box(everything, nobody, nobody) == everything).all()
+
+
+# -- drawn by hand, and finished ---------------------------------------------------------------------------------------
+
+
+def test_what_a_hand_drew_is_no_speck_and_no_hole() -> None:
+    logits = np.full(BOX.shape_kji, -4.0, dtype=np.float32)
+    drawn = np.zeros(BOX.shape_kji, dtype=bool)
+    clicks = [((12, 12, 10), 1), ((16, 12, 10), -1)]
+    logits[6:15, 8:17, 8:15] = 4.0
+    speck, hole = kji((18, 12, 10)), kji((10, 10, 8))
+    logits[speck], logits[hole] = 4.0, -4.0
+    plain = honour(logits.copy(), BOX, PATCH, clicks)
+    assert not plain[speck]
+    assert plain[hole]
+    drawn[speck] = drawn[hole] = True
+    kept = honour(logits.copy(), BOX, PATCH, clicks, drawn=drawn)
+    assert kept[speck]
+    assert not kept[hole]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_click_on_what_a_hand_drew_as_it_says_moves_nothing(sign: int) -> None:
+    logits = np.full(BOX.shape_kji, -10.0 * sign, dtype=np.float32)
+    ijk = (12, 12, 10)
+    logits[kji(ijk)] = 10.0 * sign  # one voxel, drawn
+    drawn = np.zeros(BOX.shape_kji, dtype=bool)
+    drawn[kji(ijk)] = True
+    mask = honour(logits.copy(), BOX, PATCH, [(ijk, sign)], drawn=drawn)
+    np.testing.assert_array_equal(mask, logits > 0)
+    assert (honour(logits.copy(), BOX, PATCH, [(ijk, sign)]) != (logits > 0)).sum() > 8
+
+
+def test_smoothing_rounds_in_millimetres_and_default_finishing_changes_nothing() -> None:
+    logits = np.full((24, 24, 24), -20.0, dtype=np.float32)
+    logits[8:16, 8:16, 8:16] = 20.0
+    nothing = np.zeros(logits.shape, dtype=bool)
+    assert finished(logits, nothing, (1, 1, 1), Finish()) is logits
+    spacing = (0.5, 2.0, 8.0)  # I, J, K
+    smooth = finished(logits, nothing, spacing, Finish(2.0))
+    assert (smooth[:, 12, 12] > 0).sum() == 8  # 8 mm from sample to sample: hardly anything of 2 mm
+    assert (np.abs(smooth[12, 12, :]) < 5.9).sum() > (np.abs(smooth[12, :, 12]) < 5.9).sum()
+    assert ((smooth > 0).sum()) < (logits > 0).sum()
+    ridge = logits.copy()
+    ridge[12, 12, 2:8] = 20.0
+    assert (finished(ridge, nothing, (1, 1, 1), Finish(2.0))[12, 12, 2:5] < 0).all()
+
+
+def test_without_islands_only_touched_parts_stay_or_the_largest() -> None:
+    logits = np.full((20, 20, 20), -3.0, dtype=np.float32)
+    logits[2:9, 2:9, 2:9] = logits[12:16, 12:16, 12:16] = logits[2:5, 14:17, 14:17] = 3.0
+    touched = np.zeros(logits.shape, dtype=bool)
+    largest = finished(logits, touched, (1, 1, 1), Finish(islands=False)) > 0
+    assert largest.sum() == 7**3
+    touched[13, 13, 13] = True
+    small = finished(logits, touched, (1, 1, 1), Finish(islands=False))
+    assert (small > 0).sum() == 4**3
+    assert small[13, 13, 13] > 0
+    assert small.dtype == np.float32

@@ -17,11 +17,13 @@ from KA2ERSegment import errors
 EXPECTED = {
     "BoxPrompt",
     "BundleError",
+    "CancelledError",
     "DeviceError",
     "GeometryError",
     "KA2ERError",
     "LassoPrompt",
     "MaskPrompt",
+    "Neighbours",
     "PointPrompt",
     "Polarity",
     "Prediction",
@@ -29,6 +31,8 @@ EXPECTED = {
     "ScribblePrompt",
     "Session",
     "SessionStateError",
+    "Step",
+    "Suggestion",
     "Volume",
     "VolumeError",
     "__version__",
@@ -94,6 +98,14 @@ def test_volumes_and_prompts_do_not_load_torch() -> None:
     assert not loaded & {"torch", "monai", "matplotlib"}
 
 
+def test_what_slicer_needs_of_the_library_loads_no_torch() -> None:
+    modules = ("prompts", "geometry", "steps", "errors", "cancellation")
+    loaded = set(_run(f"import sys\nfrom KA2ERSegment import {', '.join(modules)}\nprint(*sys.modules)").split())
+
+    assert {f"KA2ERSegment.{name}" for name in modules} <= loaded
+    assert not loaded & {"torch", "monai", "scipy", "SimpleITK", "nibabel", "matplotlib"}
+
+
 def _run(code: str) -> str:
     """Standard output of a fresh interpreter: this one has loaded everything already."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout

@@ -27,6 +27,7 @@ from KA2ERSegment import (
     ScribblePrompt,
     Session,
     Volume,
+    answering,
     load_bundle,
 )
 from KA2ERSegment.bundle import Bundle
@@ -124,10 +125,7 @@ def threshold_model() -> FakeModel:
 
 
 def fake_session(bundle: Bundle, model: FakeModel, volume: Volume, **more: Any) -> Session:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(session_module, "build_model", lambda plans, weights: model)
-        patched.setattr(Bundle, "weights", lambda self: {})
-        session = Session(bundle, device="cpu", **more)
+    session = Session(bundle, device="cpu", model=model, **more)  # type: ignore[arg-type]
     session.set_volume(volume)
     return session
 
@@ -135,7 +133,7 @@ def fake_session(bundle: Bundle, model: FakeModel, volume: Volume, **more: Any) 
 @pytest.fixture
 def raw_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model sees grey values as they are."""
-    monkeypatch.setattr(session_module, "normalise", lambda image, inside: torch.stack([image, image], dim=1))
+    monkeypatch.setattr(answering, "normalise", lambda image, inside: torch.stack([image, image], dim=1))
 
 
 def at(array: np.ndarray, ijk: tuple[int, int, int]) -> Any:
@@ -366,7 +364,7 @@ def test_a_locked_object_refuses_prompts_and_reset_until_it_is_unlocked(a_sessio
     before = snapshot(a_session)
     with pytest.raises(SessionStateError, match="object 'object' is locked; got a PointPrompt"):
         a_session.add(PointPrompt.from_ijk(OUTSIDE, a_volume))
-    with pytest.raises(SessionStateError, match=r"is locked\. Unlock it before its reset"):
+    with pytest.raises(SessionStateError, match=r"is locked; got its reset\. Unlock it"):
         a_session.reset()
     check_same(before, a_session)
     a_session.undo()
@@ -626,7 +624,7 @@ def test_a_click_takes_a_ball_from_an_object_that_is_not_locked(a_bundle: Bundle
     session.select("first")
     session.add(BoxPrompt.from_ijk((0, 0, 0), a_volume.shape_ijk, a_volume))
     session.add(PointPrompt.from_ijk((20, 4, 3), a_volume))
-    session._model.answer = lambda image, prompts: np.full(image.shape, -5.0)  # type: ignore[assignment]
+    session.model.answer = lambda image, prompts: np.full(image.shape, -5.0)  # type: ignore[assignment]
     session.select("second")
     second = session.add(PointPrompt.from_ijk(INSIDE, a_volume))
     assert second.mask.sum() >= 19
@@ -640,7 +638,7 @@ def test_a_voxel_goes_to_the_more_probable_object(a_bundle: Bundle, a_volume: Vo
     levels = {"weak": 1.0, "strong": 4.0, "weaker": 0.9}
     session = fake_session(a_bundle, noise_model(0), a_volume)
     for name, level in levels.items():
-        session._model.answer = lambda image, prompts, x=level: np.full(image.shape, x)  # type: ignore[assignment]
+        session.model.answer = lambda image, prompts, x=level: np.full(image.shape, x)  # type: ignore[assignment]
         session.select(name)
         session.add(BoxPrompt.from_ijk((4, 4, 3), (20, 16, 11), a_volume))
     found = masks(session)
@@ -655,7 +653,7 @@ def test_a_mask_on_a_locked_object_goes_around_it(a_bundle: Bundle, a_volume: Vo
     session.add(BoxPrompt.from_ijk((4, 4, 3), (10, 10, 8), a_volume))
     locked = masks(session)["locked"]
     session.lock()
-    session._model.answer = lambda image, prompts: np.full(image.shape, 9.0)  # type: ignore[assignment]
+    session.model.answer = lambda image, prompts: np.full(image.shape, 9.0)  # type: ignore[assignment]
     session.select("greedy")
     greedy = session.add(BoxPrompt.from_ijk((0, 0, 0), a_volume.shape_ijk, a_volume))
     np.testing.assert_array_equal(masks(session)["locked"], locked)
@@ -755,13 +753,13 @@ def test_the_same_prompts_give_the_same_mask(a_bundle: Bundle, a_volume: Volume,
 
 def count_encodes(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts = [0]
-    encode = session._model.encode
+    encode = session.model.encode
 
     def counting(*args: Any) -> Any:
         counts[0] += 1
         return encode(*args)
 
-    monkeypatch.setattr(session._model, "encode", counting)
+    monkeypatch.setattr(session.model, "encode", counting)
     return counts
 
 
@@ -813,7 +811,7 @@ def test_features_are_kept_within_their_memory(a_bundle: Bundle, a_volume: Volum
     for n, box in enumerate(boxes):
         session.select(str(n))
         session.add(box)
-        assert sum(features.nbytes for features in session._features.values()) <= 2.5e6 * one
+        assert sum(features.nbytes for features in session._answerer.features.values()) <= 2.5e6 * one
     assert model.encoded == 4
     session.add(PointPrompt.from_ijk((22, 6, 4), a_volume))  # the newest patch is there
     assert model.encoded == 4
@@ -822,7 +820,7 @@ def test_features_are_kept_within_their_memory(a_bundle: Bundle, a_volume: Volum
     assert model.encoded == 5
     small = fake_session(a_bundle, threshold_model(), a_volume, feature_memory_mb=0.0)
     small.add(boxes[0])
-    assert len(small._features) == 1  # the patch at work always stays
+    assert len(small._answerer.features) == 1  # the patch at work always stays
 
 
 class CountedArray:
@@ -839,14 +837,14 @@ class CountedArray:
 
 def voxels_read(session: Session, volume: Volume, prompt: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     counted: list[CountedArray] = []
-    sample = session_module.sample_image
+    sample = answering.sample_image
 
     def counting(array: np.ndarray, patch: Any) -> Any:
         counted.append(CountedArray(array))
         return sample(counted[-1], patch)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(session_module, "sample_image", counting)
+        patched.setattr(answering, "sample_image", counting)
         session.set_volume(volume)
         session.add(prompt)
     return sum(array.read for array in counted)
@@ -922,10 +920,10 @@ def test_a_lesion_and_a_liver_are_found_in_a_large_volume(
     mask = prediction.mask
     common = np.logical_and(mask[box.slices], truth).sum()
     assert 2 * common / (np.count_nonzero(mask) + truth.sum()) > 0.85
-    assert session._model.encoded <= 7  # type: ignore[attr-defined]
-    encoded = session._model.encoded  # type: ignore[attr-defined]
+    assert session.model.encoded <= 7  # type: ignore[attr-defined]
+    encoded = session.model.encoded  # type: ignore[attr-defined]
     session.add(PointPrompt.from_ijk((centre[0] + 1, centre[1], k), a_large_volume))
-    assert session._model.encoded == encoded  # type: ignore[attr-defined]
+    assert session.model.encoded == encoded  # type: ignore[attr-defined]
 
 
 def test_a_mask_that_outgrows_its_patch_grows_the_patch(
@@ -986,8 +984,8 @@ def test_experts_are_computed_when_asked_for_and_once(
     a_tiny_session: Session, a_volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    only = a_tiny_session._model.only
-    monkeypatch.setattr(a_tiny_session._model, "only", lambda features, arm: asked.append(arm) or only(features, arm))
+    only = a_tiny_session.model.only
+    monkeypatch.setattr(a_tiny_session.model, "only", lambda features, arm: asked.append(arm) or only(features, arm))
     experts = a_tiny_session.add(PointPrompt.from_ijk(INSIDE, a_volume)).experts
     assert list(experts) == ["foundation", "tiny_trunk", "tiny_brain"]
     assert len(experts) == 3
