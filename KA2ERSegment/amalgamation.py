@@ -59,7 +59,8 @@ class Amalgamation(nn.Module):
         Args:
             foundation: (B, C_F, n, n, n).
             experts: for each expert (B, C_k, n, n, n).
-            present: (B, K+1) bool, which arms may be used; arm 0 is "no expert". At least one per case.
+            present: (B, K+1) bool, which arms may be used; arm 0 is "no expert". At least one per case. What no case
+                uses is not computed, and leaves no trace: the answer is that of a model without it.
 
         Returns:
             embedding: (B, width, n, n, n).
@@ -70,17 +71,21 @@ class Amalgamation(nn.Module):
         z = self.project_foundation(foundation).flatten(2).transpose(1, 2) + position + self.codes[0]  # (B, N, C)
         normed = self.norm_self(z)
         z = z + self.self_attention(normed, normed, normed)
+        used = [arm for arm, any_case in enumerate(present.any(0).tolist()) if any_case or arm == 0]
         arms = [z]
         query = self.norm_query(z)
-        for project, features, code in zip(self.project_experts, experts, self.codes[1:], strict=True):
-            context = self.norm_context(project(features).flatten(2).transpose(1, 2) + position + code)
+        for arm in used[1:]:
+            features = self.project_experts[arm - 1](experts[arm - 1])
+            context = self.norm_context(features.flatten(2).transpose(1, 2) + position + self.codes[arm])
             arms.append(self.cross_attention(query, context, context))
-        candidates = torch.stack(arms, dim=1)  # (B, K+1, N, C)
+        candidates = torch.stack(arms, dim=1)  # (B, arms used, N, C)
         scores = (self.a(self.norm_a(z))[:, None] * self.b(self.norm_b(candidates))).sum(-1) / math.sqrt(self.width)
-        scores = (scores + self.bias[:, None]).masked_fill(~present[:, :, None], float("-inf"))
-        weights = scores.softmax(dim=1)  # (B, K+1, N)
-        g = z + self.out((weights[..., None] * candidates).sum(1))
+        scores = (scores + self.bias[used, None]).masked_fill(~present[:, used, None], float("-inf"))
+        shares = scores.softmax(dim=1)  # (B, arms used, N)
+        g = z + self.out((shares[..., None] * candidates).sum(1))
         g = g + self.mlp(self.norm_mlp(g))
+        weights = shares.new_zeros(len(shares), present.shape[1], shares.shape[2])
+        weights[:, used] = shares
         return g.transpose(1, 2).unflatten(2, grid), weights.unflatten(2, grid)
 
 

@@ -5,6 +5,8 @@ weights.safetensors   float16, every learnt tensor once; loading it runs no code
 model_card.md         what it was trained on, what it can do
 LICENSE, ...          licences of the weights and of the data
 checksums.json        SHA-256 of every file above
+
+Looking at a bundle needs neither torch nor safetensors: Slicer shows one before it has installed them.
 """
 
 from __future__ import annotations
@@ -13,18 +15,18 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from KA2ERSegment.errors import BundleError
 from KA2ERSegment.plans import Plans
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLANS, WEIGHTS, CARD, CHECKSUMS = "plans.json", "weights.safetensors", "model_card.md", "checksums.json"
 DEFAULT = "ka2er-base"
@@ -50,12 +52,20 @@ class Bundle:
         """Short name for prompts files and messages: folder name and the start of the weights' SHA-256."""
         return f"{self.folder.name}@{self.checksums[WEIGHTS][:12]}"
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all its files."""
+        return sum((self.folder / name).stat().st_size for name in self.checksums)
+
     def weights(self) -> dict[str, Tensor]:
         """The tensors by parameter name, float32.
 
         Raises:
             BundleError: the file changed since it was verified, or is no safetensors file.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         data = _verified(self.folder, WEIGHTS, self.checksums[WEIGHTS])
         try:
             tensors = {name: tensor.float() for name, tensor in load(data).items()}
@@ -78,6 +88,20 @@ def load_bundle(folder: str | os.PathLike[str] | None = None) -> Bundle:
     Raises:
         BundleError: missing, damaged or foreign files; the message names the file.
     """
+    bundle = look_into_bundle(folder)
+    _verify_file(bundle.folder, WEIGHTS, bundle.checksums[WEIGHTS])
+    return bundle
+
+
+def look_into_bundle(folder: str | os.PathLike[str] | None = None) -> Bundle:
+    """Open a bundle and verify all but its weights, which are most of it: quick enough for a user interface.
+
+    Args:
+        folder: the bundle; without it the one that the package ships.
+
+    Raises:
+        BundleError: missing, damaged or foreign files; the message names the file.
+    """
     path = Path(folder) if folder is not None else default_bundle_folder()
     manifest = path / CHECKSUMS
     if not manifest.is_file():
@@ -86,7 +110,7 @@ def load_bundle(folder: str | os.PathLike[str] | None = None) -> Bundle:
             "Give the bundle's own folder."
         )
         raise BundleError(message)
-    checksums = _read_json(manifest, path.name)
+    checksums = read_json_object(manifest, f"bundle {path.name!r}: {manifest.name}")
     if not all(isinstance(value, str) and Path(name).name == name for name, value in checksums.items()):
         message = f"bundle {path.name!r}: {CHECKSUMS} must map plain file names to SHA-256 sums."
         raise BundleError(message)
@@ -101,8 +125,10 @@ def load_bundle(folder: str | os.PathLike[str] | None = None) -> Bundle:
     for name, expected in checksums.items():
         if name != WEIGHTS:
             _verified(path, name, str(expected))
-    _verify_file(path, WEIGHTS, str(checksums[WEIGHTS]))
-    plans = Plans.from_json(_read_json(path / PLANS, path.name))
+    if not (path / WEIGHTS).is_file():
+        message = f"bundle {path.name!r}: {WEIGHTS} cannot be read: there is no such file."
+        raise BundleError(message)
+    plans = Plans.from_json(read_json_object(path / PLANS, f"bundle {path.name!r}: {PLANS}"))
     return Bundle(path, plans, {name: str(value) for name, value in checksums.items()})
 
 
@@ -114,6 +140,18 @@ def default_bundle_folder() -> Path:
             return folder
     message = f"the shipped bundle {DEFAULT!r} is not installed with this package. Reinstall it, or name a bundle."
     raise BundleError(message)
+
+
+def user_bundles_folder() -> Path:
+    """Where bundles of one's own go unless told otherwise: the user's data folder of this system."""
+    home = Path.home()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+    return base / "KA2ERSegment" / "bundles"
 
 
 def save_bundle(
@@ -132,6 +170,10 @@ def save_bundle(
         BundleError: the folder holds something that is no bundle, a weight is not finite in float16, or the disk is
             full.
     """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     if folder.exists() and not all((folder / name).is_file() for name in (CHECKSUMS, PLANS, WEIGHTS)):
         message = f"{str(folder)!r} exists and is no bundle. Choose another folder."
         raise BundleError(message)
@@ -215,13 +257,14 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path, bundle: str) -> dict[str, object]:
+def read_json_object(path: Path, what: str) -> dict[str, object]:
+    """What a JSON file holds; BundleError, with `what` as its name, where that is no object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        message = f"bundle {bundle!r}: {path.name} must be JSON: {error}"
+        message = f"{what} must be JSON: {error}"
         raise BundleError(message) from error
     if not isinstance(data, dict):
-        message = f"bundle {bundle!r}: {path.name} must be a JSON object, got {type(data).__name__}."
+        message = f"{what} must be a JSON object, got {type(data).__name__}."
         raise BundleError(message)
     return data

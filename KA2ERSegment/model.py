@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from KA2ERSegment.amalgamation import STRIDES, Amalgamation
+from KA2ERSegment.cancellation import watch_layers
 from KA2ERSegment.convolution import QuickConvolution, quick_layout
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
@@ -78,6 +80,7 @@ class PromptableModel(nn.Module):
         self.prompt_encoder, self.mask_decoder = prompt_encoder, mask_decoder
         for parameter in self.experts.parameters():
             parameter.requires_grad_(False)
+        watch_layers(self)
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -101,21 +104,22 @@ class PromptableModel(nn.Module):
                 for expert in self.experts.values():
                     features = expert(zscore)
                     experts.append({stride: features[stride] for stride in STRIDES})
-            embedding, weights = self.amalgamate(foundation, experts, present)
             stem = self.stem(quick_layout(image))
+        embedding, weights = self.amalgamate(foundation, experts, present)
         return PatchFeatures(image, edge_costs(image), stem, foundation, experts, embedding, weights, present)
 
     def amalgamate(
         self, foundation: dict[int, Tensor], experts: list[dict[int, Tensor]], present: Tensor
     ) -> tuple[Tensor, Tensor]:
         """KA2ER's amalgamation at both strides, merged at stride 8: embedding and weights of its finer level."""
-        levels = {
-            stride: self.amalgamation[str(stride)](foundation[stride], [e[stride] for e in experts], present)
-            for stride in STRIDES
-        }
-        (fine, weights), (coarse, _) = levels[8], levels[16]
-        coarse = nn.functional.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
-        return self.merge(torch.cat([fine, coarse], dim=1)), weights
+        with QuickConvolution():
+            levels = {
+                stride: self.amalgamation[str(stride)](foundation[stride], [e[stride] for e in experts], present)
+                for stride in STRIDES
+            }
+            (fine, weights), (coarse, _) = levels[8], levels[16]
+            coarse = nn.functional.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
+            return self.merge(torch.cat([fine, coarse], dim=1)), weights
 
     def decode(self, features: PatchFeatures, prompts: PatchPrompts) -> Decoded:
         """The quick part, for every prompt: logits (B, S, S, S) and expected quality (B,)."""
@@ -128,7 +132,11 @@ class PromptableModel(nn.Module):
 
     def only(self, features: PatchFeatures, arm: int) -> PatchFeatures:
         """The same patch as one arm alone sees it: 0 the foundation without experts, k the k-th expert."""
+        return self.among(features, (arm,))
+
+    def among(self, features: PatchFeatures, arms: Sequence[int]) -> PatchFeatures:
+        """The same patch with these arms alone; cheap, their features are there already."""
         present = torch.zeros_like(features.present)
-        present[:, arm] = True
+        present[:, list(arms)] = True
         embedding, weights = self.amalgamate(features.foundation, features.experts, present)
         return replace(features, embedding=embedding, weights=weights, present=present)

@@ -43,6 +43,10 @@ class FoundationPlans:
         _require(_is_count(self.window), "foundation.window", "a whole number above zero", self.window)
 
 
+_OPTIONAL = ("licence", "origin", "sha256", "note")
+"""Fields of an expert that are written only where they say something: older versions read such a bundle too."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertPlans:
     """One nnU-Net expert."""
@@ -57,12 +61,20 @@ class ExpertPlans:
     """As nnU-Net v2 writes it; strings such as `torch.nn.Conv3d` where it names classes."""
     classes: tuple[str, ...] = ()
     """Names of its own classes, without background."""
+    licence: str = ""
+    """Of its weights, in words; empty for an expert that the bundle's own licence covers."""
+    origin: str = ""
+    """The nnU-Net that it was taken from: data set, trainer, configuration, fold and file."""
+    sha256: str = ""
+    """Of that file."""
+    note: str = ""
+    """How its arm was trained and what that brought."""
 
     def __post_init__(self) -> None:
         """Refuse what is of the wrong kind; whether nnU-Net's library takes `arch_kwargs` shows when it builds."""
         plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z]\w*", self.name, re.ASCII)
         _require(bool(plain), "expert name", "a word of letters, digits and underscores", self.name)
-        for key in ("task", "network_class_name"):
+        for key in ("task", "network_class_name", *_OPTIONAL):
             value = getattr(self, key)
             _require(isinstance(value, str), f"expert {self.name!r}: {key}", "text", value)
         kwargs = self.arch_kwargs
@@ -111,7 +123,11 @@ class Plans:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the format's number."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        data = {"format": FORMAT, **dataclasses.asdict(self)}
+        data["experts"] = [
+            {key: value for key, value in expert.items() if value or key not in _OPTIONAL} for expert in data["experts"]
+        ]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plans:

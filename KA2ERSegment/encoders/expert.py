@@ -48,7 +48,8 @@ class Expert(nn.Module):
             message = f"expert {plans.name!r}: its plans must name a U-Net with a list of features_per_stage."
             raise BundleError(message)
         self.encoder = encoder
-        self.channels = dict(zip(strides, channels, strict=True))
+        self.strides = strides
+        self.channels = {max(stride): count for stride, count in zip(strides, channels, strict=True)}
 
     def forward(self, image: Tensor) -> dict[int, Tensor]:
         """Features by stride.
@@ -57,9 +58,10 @@ class Expert(nn.Module):
             image: (B, 1, S, S, S) float32, z-score.
 
         Returns:
-            {stride: (B, C, S/stride, ...)} for every stage of the encoder.
+            {stride: (B, C, S/stride, ...)} for every stage of the encoder. A stage that is finer along some axes is
+            averaged to the stride of its coarsest one; of several stages of one stride the last counts.
         """
-        return dict(zip(self.channels, self.encoder(image), strict=True))
+        return {max(stride): _evened(f, stride) for stride, f in zip(self.strides, self.encoder(image), strict=True)}
 
 
 def build_network(plans: ExpertPlans, deep_supervision: bool) -> nn.Module:
@@ -95,18 +97,28 @@ def _locate(name: str, expert: str) -> Any:
     return found
 
 
-def _strides(arch_kwargs: Mapping[str, Any]) -> list[int]:
-    """Stride of each stage's features against the input; nnU-Net may write one number or one per axis."""
-    total, strides = 1, []
+def _evened(features: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Features of one stride along all axes."""
+    if len(set(stride)) == 1:
+        return features
+    return nn.functional.avg_pool3d(features, [max(stride) // n for n in stride])
+
+
+def _strides(arch_kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Stride of each stage's features against the input along K, J, I; nnU-Net may write one number or one per axis."""
+    total, strides = (1, 1, 1), []
     stages = arch_kwargs["strides"]
     if not isinstance(stages, (list, tuple)):
         message = f"expert strides must be a list with one entry for each stage, got {stages!r}."
         raise BundleError(message)
-    for stride in stages:
-        steps = stride if isinstance(stride, (list, tuple)) else [stride]
-        if len(set(steps)) != 1:
-            message = f"expert strides must be the same along all axes, got {stages}."
+    for stage in stages:
+        steps = list(stage) if isinstance(stage, (list, tuple)) else [stage] * 3
+        if len(steps) != 3 or not all(isinstance(step, int) and step > 0 for step in steps):
+            message = f"expert strides must be whole numbers along three axes, got {stage!r} in {stages}."
             raise BundleError(message)
-        total *= int(steps[0])
+        total = (total[0] * steps[0], total[1] * steps[1], total[2] * steps[2])
+        if any(max(total) % stride for stride in total):
+            message = f"expert strides must divide each other along the axes of a stage, got {total} from {stages}."
+            raise BundleError(message)
         strides.append(total)
     return strides

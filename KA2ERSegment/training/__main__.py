@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from KA2ERSegment.build import tensors_by_name
+from KA2ERSegment.build import load_tensors, tensors_by_name
+from KA2ERSegment.bundle import Bundle, load_bundle
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training.card import write_bundle
 from KA2ERSegment.training.items import TrainingItem, pack
@@ -43,6 +44,7 @@ class Run:
     device: str
     ranks: int
     minutes: float
+    start: Bundle | None
 
     def budget(self, stage: str) -> dict[str, Any]:
         """A stage's steps, minutes, batch and so on: the config's, with `--minutes` before it."""
@@ -53,6 +55,7 @@ def train(
     config: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON, as in training/configs.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the bundle.")] = Path("runs/first"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    start: Annotated[Path | None, typer.Option(help="Bundle of the same plans to begin from.")] = None,
     stage: Annotated[str, typer.Option(help="Only this stage: an expert's name, or 'promptable'.")] = "",
     data: Annotated[Path, typer.Option(help="Folder that holds the manifests' folders.")] = Path("../shared/data"),
     cache: Annotated[Path, typer.Option(help="Folder of packed items; made where missing.")] = Path("cache/train"),
@@ -78,12 +81,30 @@ def train(
         logger.info("packed %d items into %s", len(names), cache)
     items = [TrainingItem.load(path) for path in sorted(cache.glob("*.npz"))]
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
-    run = Run(settings, output, resume, device, ranks, minutes)
+    run = Run(settings, output, resume, device, ranks, minutes, _begin(start, plans, output))
     for expert, task in zip(plans.experts, tasks, strict=True):
         if stage in ("", expert.name) and not _weights(output, expert).exists():
             _train_expert(run, plans, expert, task, items)
     if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
         _train_promptable(run, plans, tasks, items)
+
+
+def _begin(folder: Path | None, plans: Plans, output: Path) -> Bundle | None:
+    """The bundle to begin from; its experts are laid where their stages would leave them, so those are not run."""
+    if folder is None:
+        return None
+    bundle = load_bundle(folder)
+    if bundle.plans != plans:
+        message = f"--start must be a bundle of the config's plans; those of {str(folder)!r} differ."
+        raise typer.BadParameter(message)
+    weights = bundle.weights()
+    output.mkdir(parents=True, exist_ok=True)
+    for expert in plans.experts:
+        prefix = f"experts.{expert.name}.encoder."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not _weights(output, expert).exists():
+            save_file(own, _weights(output, expert))
+    return bundle
 
 
 def _task(expert: ExpertPlans, tasks: dict[str, Any]) -> ClassMap:
@@ -117,15 +138,19 @@ def _train_promptable(run: Run, plans: Plans, tasks: list[ClassMap], items: list
     batch = options.pop("batch")
     experts = {expert.name: load_file(_weights(run.output, expert)) for expert in plans.experts}
     module = PromptableStage(plans, experts, **options)
+    share = float(run.settings.get("shrink", 1.0))
+    if run.start is not None:  # bundles hold the learnt part scaled
+        load_tensors(module.model, run.start.weights())
+        module.model.mask_decoder.shrink(1 / share)
     sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
     dataset = TargetDataset(items, sampling, module.seed, tasks)
     trainer = _fit(module, dataset, batch, run.output / "promptable", run)
     if trainer.is_global_zero:
-        share = float(run.settings.get("shrink", 1.0))
         module.model.mask_decoder.shrink(share)
         hardware = describe(trainer.strategy.root_device, run.ranks)
+        before = f"begun from bundle {run.start.identity}; " if run.start else ""
         about = (
-            f"{module.global_step} steps of {batch * run.ranks} patches, {module.minutes_spent:.0f} minutes on "
+            f"{before}{module.global_step} steps of {batch * run.ranks} patches, {module.minutes_spent:.0f} minutes on "
             f"{hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against the "
             "geodesic prior."
         )

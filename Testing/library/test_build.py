@@ -60,7 +60,8 @@ def test_weights_that_do_not_fit_leave_the_module_as_it_was() -> None:
     ("changes", "words"),
     [
         ({"strides": [1, 2, 2, 2, 1]}, "features at strides"),
-        ({"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]}, "same along all axes"),
+        ({"strides": [[1, 1, 1], [1, 3, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]}, "must divide each other"),
+        ({"strides": [[1, 1], [2, 2], [2, 2], [2, 2], [2, 2]]}, "along three axes"),
         ({"strides": 2}, "strides must be a list"),
         ({"features_per_stage": 8}, "list of features_per_stage"),
         ({"features_per_stage": [4, 4, 8]}, "tiny_trunk"),

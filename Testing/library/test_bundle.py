@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_the_old_bundle_and_no_scratch(
 
     with monkeypatch.context() as patched:
         if step == "weights":
-            patched.setattr(bundle_module, "save_file", no_space)
+            patched.setattr("safetensors.torch.save_file", no_space)
         elif step == "text":
             patched.setattr(Path, "write_text", no_space)
         elif step == "folder":

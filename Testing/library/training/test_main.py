@@ -131,6 +131,34 @@ def test_a_run_with_share_alike_data_says_so(a_workplace: Path, a_finished_run: 
     assert "not to be shipped" in card
 
 
+def test_a_run_can_begin_from_a_bundle(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
+    """No expert is trained again, and with no step left to do the answer is the bundle's own, shrunk and all."""
+    config = settings(shrink=0.5, promptable=settings()["promptable"] | {"steps": 1, "learning_rate": 0.0})
+    output = tmp_path / "further"
+
+    result = run(a_workplace, output, "--start", str(a_finished_run / "bundle"), config=config)
+
+    assert result.exit_code == 0, result.output
+    assert not (output / "tiny_trunk").exists(), "its stage was run"
+    before, after = load_bundle(a_finished_run / "bundle"), load_bundle(output / "bundle")
+    former, weights = before.weights(), after.weights()
+    assert former.keys() == weights.keys()
+    assert all(torch.equal(former[name], weights[name]) for name in former)
+    assert f"begun from bundle {before.identity}" in (output / "bundle" / "model_card.md").read_text()
+
+
+def test_a_bundle_of_other_plans_is_refused_as_a_beginning(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path
+) -> None:
+    config = settings(plans=tiny_plans(margin=0.5).to_json())
+
+    result = run(a_workplace, tmp_path / "run", "--start", str(a_finished_run / "bundle"), config=config)
+
+    assert result.exit_code == 2
+    assert "those of" in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def keep_sigint() -> Any:
     """Lightning switches Ctrl-C off when it shuts down."""

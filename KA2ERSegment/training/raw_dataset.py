@@ -1,0 +1,124 @@
+"""nnU-Net's raw data sets as training items: `dataset.json`, `imagesTr` and `labelsTr`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from KA2ERSegment.errors import VolumeError
+from KA2ERSegment.geometry import Box
+from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem
+from KA2ERSegment.volume import Volume
+
+
+@dataclass(frozen=True, slots=True)
+class RawDataset:
+    """The training cases of a raw data set, not read yet.
+
+    Args:
+        folder: of the data set.
+        cases: for each case its name, image file and label file.
+        names: of each label value but the background.
+        ignored: label value that says nothing, or None.
+    """
+
+    folder: Path
+    cases: tuple[tuple[str, Path, Path], ...]
+    names: dict[int, str]
+    ignored: int | None
+
+    @classmethod
+    def open(cls, folder: Path) -> RawDataset:
+        """Look into `nnUNet_raw/DATASET`.
+
+        Raises:
+            VolumeError: it is something else, or has no cases with one image and one label map each.
+        """
+        path = folder / "dataset.json"
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            message = (
+                f"the images' folder must be a raw data set of nnU-Net with dataset.json, {str(folder)!r} has none "
+                f"that can be read ({error}). Give nnUNet_raw/DATASET."
+            )
+            raise VolumeError(message) from error
+        if not isinstance(about, dict) or not isinstance(about.get("labels"), dict):
+            message = f"{str(path)!r} must name the labels as nnU-Net v2 writes them. Repair it."
+            raise VolumeError(message)
+        values = {name: value for name, value in about["labels"].items() if isinstance(value, int)}
+        names = {value: str(name) for name, value in values.items() if value > 0 and name != "ignore"}
+        cases = _listed(folder, about) if isinstance(about.get("dataset"), dict) else _found(folder, about)
+        there = tuple(case for case in cases if case[1].is_file() and case[2].is_file())
+        if not there:
+            prepared = (folder / "dataset_fingerprint.json").exists() or any(folder.glob("nnUNetPlans*.json"))
+            hint = " It is a preprocessed one: give the raw one." if prepared else ""
+            message = (
+                f"data set {str(folder)!r} must have cases with an image in imagesTr (CASE_0000) and a label map in "
+                f"labelsTr (CASE), got none.{hint}"
+            )
+            raise VolumeError(message)
+        return cls(folder, there, names, values.get("ignore"))
+
+    def read(self, case: int) -> TrainingItem:
+        """One case, on canonical axes.
+
+        Raises:
+            VolumeError: image and label map are damaged, or not on one grid.
+        """
+        name, image_file, label_file = self.cases[case]
+        labels, image = Volume.read(label_file).canonical(), Volume.read(image_file).canonical()
+        if not labels.same_grid(image.shape_kji, image.ijk_to_ras):
+            message = f"case {name!r}: image and label map must lie on one grid, got {image} and {labels}."
+            raise VolumeError(message)
+        values = labels.array_kji
+        if values.min() < 0 or values.max() > 50000 or (values != values.astype(np.uint16)).any():
+            message = f"case {name!r}: labels must be whole numbers from 0 to 50000, got {values.dtype} values."
+            raise VolumeError(message)
+        array = np.ascontiguousarray(values, dtype=np.uint16)
+        if self.ignored is not None:
+            array[array == self.ignored] = 0
+        counts = np.bincount(array.ravel())
+        boxes = {}
+        for value, slices in enumerate(ndimage.find_objects(array), start=1):
+            if slices is not None and counts[value] >= MIN_VOXELS:
+                k, j, i = slices
+                boxes[value] = Box((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
+        return TrainingItem(
+            name=name, source=self.folder.name, labels=array, images=(_whole_numbers(image.array_kji),),
+            spacing=labels.spacing, names=self.names, boxes=boxes, licence="", modality="", region="",
+        )  # fmt: skip
+
+
+def _found(folder: Path, about: dict[str, Any]) -> list[tuple[str, Path, Path]]:
+    """Cases as nnU-Net looks for them."""
+    ending = str(about.get("file_ending", ".nii.gz"))
+    images = sorted((folder / "imagesTr").glob(f"*_0000{ending}"))
+    names = [path.name[: -len(f"_0000{ending}")] for path in images]
+    return [(n, path, folder / "labelsTr" / f"{n}{ending}") for n, path in zip(names, images, strict=True)]
+
+
+def _listed(folder: Path, about: dict[str, Any]) -> list[tuple[str, Path, Path]]:
+    """Cases that dataset.json lists by itself; paths may be relative to it."""
+    cases = []
+    for name, files in sorted(about["dataset"].items()):
+        images: Sequence[str] = files.get("images", ()) if isinstance(files, dict) else ()
+        if len(images) == 1 and isinstance(files.get("label"), str):
+            cases.append((str(name), folder / images[0], folder / files["label"]))
+    return cases
+
+
+def _whole_numbers(array: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
+    """The image as int16, stretched where it needs to be: a patch is normalised, so its unit does not matter."""
+    low, high = float(array.min()), float(array.max())
+    if np.issubdtype(array.dtype, np.integer) and low >= -32768 and high <= 32767:
+        return cast("npt.NDArray[np.int16]", array.astype(np.int16))
+    scaled = (array.astype(np.float32) - low) * (60000 / max(high - low, 1e-30)) - 30000
+    return cast("npt.NDArray[np.int16]", np.rint(scaled).astype(np.int16))
