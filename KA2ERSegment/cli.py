@@ -16,10 +16,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from KA2ERSegment.bundle import Bundle
-    from KA2ERSegment.prediction import ExpertOpinion, Prediction
+    from KA2ERSegment.engine.wire import ObjectChange
+    from KA2ERSegment.geometry import FloatArray
+    from KA2ERSegment.plans import ExpertPlans
     from KA2ERSegment.prompts import Prompt
-    from KA2ERSegment.session import Session
     from KA2ERSegment.volume import Volume
 
 FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
@@ -45,6 +46,8 @@ app = typer.Typer(
 )
 bundle_app = typer.Typer(help="Look at a trained bundle, or verify its files.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
+expert_app = typer.Typer(help="List a bundle's experts, add a lab's own nnU-Net, take one out.", no_args_is_help=True)
+app.add_typer(expert_app, name="expert")
 
 
 class Device(str, Enum):
@@ -65,6 +68,12 @@ class Method(str, Enum):
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle folder; default: the one shipped.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the network runs.")]
+KeyOption = Annotated[
+    str,
+    typer.Option(
+        "--api-key", envvar="KA2ERSEGMENT_API_KEY", show_envvar=True, help="The engine's key; other users can see it."
+    ),
+]
 
 
 @app.command()
@@ -92,12 +101,19 @@ def segment(
     ] = None,
     bundle: BundleOption = None,
     device: DeviceOption = Device.AUTO,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Address of a running engine that shall do it, http(s)://host:port.")
+    ] = None,
+    api_key: KeyOption = "",
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Segment one object in IMAGE from a box, points, or saved prompts."""
     if box is None and not point and not negative_point and prompts is None:
         message = "at least one prompt is needed: --box, --point, --negative-point or --prompts."
+        raise typer.BadParameter(message)
+    if engine is not None and (bundle is not None or device is not Device.AUTO):
+        message = "an engine has its own bundle and device: leave out --bundle and --device, or --engine."
         raise typer.BadParameter(message)
     corners = None if box is None else _numbers(box, 6, "--box", whole=not ras)
     clicks = [(_numbers(text, 3, "--point", whole=not ras), True) for text in point or []]
@@ -115,50 +131,83 @@ def segment(
         if confidence is not None:
             _check_confidence_folder(confidence, force=force)
         with run.step("Starting"):
-            from KA2ERSegment.bundle import load_bundle
-            from KA2ERSegment.session import Session
             from KA2ERSegment.volume import Volume
         with run.step("Reading the image"):
             volume = Volume.read(image)
-        with run.step("Loading the bundle"):
-            loaded = load_bundle(bundle)
+        new = _prompts_of(corners, clicks, volume, ras=ras)
         begin = time.perf_counter()
-        with run.step("Segmenting"):
-            new = _prompts_of(corners, clicks, volume, ras=ras)
-            if prompts is None:
-                session = Session(loaded, device=device.value)
-                session.set_volume(volume)
-            else:
-                session = Session.replay(prompts, volume, loaded, device=device.value)
-            prediction = _predict(session, new, object_name or (session.selected if prompts else "object"))
+        if engine is None:
+            done = _segment_here(
+                run, volume, new, prompts, object_name, bundle, device, opinions=confidence is not None
+            )
+        else:
+            done = _segment_there(
+                run, volume, new, prompts, object_name, engine, api_key, opinions=confidence is not None
+            )
         seconds = time.perf_counter() - begin
-        weights: dict[str, float] = {}
-        if confidence is not None:
-            with run.step("Computing confidence maps"):
-                weights = {name: opinion.mean_weight for name, opinion in prediction.experts.items()}
-                write_confidence(confidence, _confidence_maps(prediction.experts), volume, force=force)
         with run.step("Writing"):
-            labels, names = session.label_map()
-            masks = {name: labels == value for value, name in enumerate(names, 1)}
-            write_segmentation(output, masks, volume, force=force)
+            if confidence is not None:
+                write_confidence(confidence, done.maps, volume, force=force)
+            write_segmentation(output, done.masks, volume, force=force)
         voxel_ml = float(volume.spacing[0] * volume.spacing[1] * volume.spacing[2]) / 1000
-        counts = {name: int(mask.sum()) for name, mask in masks.items()}
+        counts = {name: int(mask.sum()) for name, mask in done.masks.items()}
         run.result(
             {
                 "output": str(output),
                 "confidence": None if confidence is None else str(confidence),
                 "objects": {n: {"voxels": c, "millilitres": round(c * voxel_ml, 4)} for n, c in counts.items()},
-                "quality": round(float(prediction.quality), 4),
-                "expert_weights": {name: round(float(weight), 4) for name, weight in weights.items()},
-                "device": device.value,
+                "quality": round(done.quality, 4),
+                "expert_weights": {name: round(float(weight), 4) for name, weight in done.weights.items()},
+                "device": done.device,
                 "seconds": round(seconds, 3),
             }
         )
         for name, count in counts.items():
             run.say(f"{name}: {count} voxels, {count * voxel_ml:.2f} ml")
-        run.say(f"expected quality (Dice) {prediction.quality:.2f}, {seconds:.1f} s, written to {output}")
+        run.say(f"expected quality (Dice) {done.quality:.2f}, {seconds:.1f} s, written to {output}")
         if not any(counts.values()):
             run.warn("the mask is empty: add a positive point inside the object.")
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; others than this machine's need a key.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 1527,
+    api_key: KeyOption = "",
+    *,
+    bundle: BundleOption = None,
+    device: DeviceOption = Device.AUTO,
+    max_sessions: Annotated[int, typer.Option("--max-sessions", min=1, help="Users at a time.")] = 4,
+    idle_timeout: Annotated[
+        float, typer.Option("--idle-timeout", min=0, help="Seconds after which an idle user's session ends; 0: never.")
+    ] = 1800.0,
+    liveness_timeout: Annotated[
+        float, typer.Option("--liveness-timeout", min=1, help="Seconds after which a silent client's session ends.")
+    ] = 60.0,
+    max_voxels: Annotated[int, typer.Option("--max-voxels", min=1, help="Of one volume.")] = 1 << 30,
+    exchange: Annotated[
+        Path | None, typer.Option("--exchange", help="Private folder through which a local viewer hands volumes over.")
+    ] = None,
+    parent: Annotated[int | None, typer.Option("--parent", help="Process with which the engine ends.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: as many as PyTorch takes.")] = 0,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="Name under which a proxy addresses this machine; repeat.")
+    ] = None,
+) -> None:
+    """Keep a model loaded and segment for viewers: ours, and all that speak nnInteractive's protocol.
+
+    Without a key a new one is made; the first line on stdout is JSON with the port and that key.
+    """
+    with _run(as_json=False):
+        from KA2ERSegment.engine import serve as engine
+
+        hosts = tuple(allow_host or ())
+        limits = (max_sessions, idle_timeout, liveness_timeout, max_voxels)
+        engine.serve(
+            engine.Options(host, port, api_key, bundle, device.value, *limits, exchange, parent, threads, hosts)
+        )
 
 
 @app.command()
@@ -249,6 +298,127 @@ def bundle_verify(
         run.say(f"{bundle.folder}: {len(files)} files, all as their SHA-256 says")
 
 
+@expert_app.command("list")
+def expert_list(
+    folder: Annotated[Path | None, typer.Argument(help="Bundle folder; default: the one shipped.")] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which experts a bundle has, what they know, and under which licence."""
+    with _run(as_json) as run:
+        from KA2ERSegment.bundle import look_into_bundle
+
+        bundle = look_into_bundle(folder)
+        run.result({"folder": str(bundle.folder), "experts": [_about_expert(e) for e in bundle.plans.experts]})
+        table = _table(str(bundle.folder), "expert", "task", "classes", "licence")
+        for expert in bundle.plans.experts:
+            table.add_row(expert.name, expert.task, ", ".join(expert.classes), expert.licence or "the bundle's")
+        run.say(table)
+
+
+@expert_app.command("add")
+def expert_add(
+    results: Annotated[Path, typer.Argument(help="nnU-Net v2 results folder: TRAINER__PLANS__CONFIGURATION.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Bundle that is copied; default: the one shipped.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New bundle; default: in the user's data folder.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Of the expert; default: made from the data set's.")] = "",
+    fold: Annotated[str, typer.Option("--fold", help="0 to 4, or all; default: all, else the lowest.")] = "",
+    task: Annotated[str, typer.Option("--task", help="What it was trained for, in words.")] = "",
+    licence: Annotated[str, typer.Option("--license", help="Of its weights, in words.")] = "not stated",
+    images: Annotated[
+        Path | None, typer.Option("--images", help="nnU-Net raw data set (imagesTr, labelsTr) to train its arm on.")
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.0, max=600.0, help="For training the arm.")] = 5.0,
+    device: DeviceOption = Device.AUTO,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle at --output.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a bundle and add the encoder of a lab's own nnU-Net to the copy as one more expert."""
+    with _run(as_json) as run, run.report() as progress:
+        progress("starting", 0.0)
+        from KA2ERSegment.bundle import load_bundle, user_bundles_folder
+        from KA2ERSegment.encoders.nnunet import read_results
+        from KA2ERSegment.experts import Content, with_arm, with_expert
+        from KA2ERSegment.session import find_device
+        from KA2ERSegment.training.arm import train_arm
+        from KA2ERSegment.training.raw_dataset import RawDataset
+
+        bundle = load_bundle(to)
+        dataset = None if images is None else RawDataset.open(images)
+        progress("reading the nnU-Net", 0.0)
+        found = read_results(results, name, fold, task, licence)
+        target = output or user_bundles_folder() / f"{bundle.folder.name}-{found.plans.name}"
+        before = Content.of(bundle)
+        before.check_target(target, force)
+        content = with_expert(before, found.plans, found.tensors)
+        arm = None
+        if dataset is not None:
+            where = str(find_device(device.value))
+            arm = train_arm(content, found.plans.name, dataset, found.spacing, minutes, progress, device=where)
+            content = with_arm(content, found.plans.name, arm.tensors, arm.note)
+        progress("writing the bundle", 1.0)
+        written = content.save(target, force)
+        size, added = written.nbytes / 1e6, (written.nbytes - bundle.nbytes) / 1e6
+        run.result(
+            {
+                "output": str(written.folder),
+                "bundle": written.identity,
+                "expert": _about_expert(written.plans.experts[-1]),
+                "trained": arm is not None,
+                "steps": 0 if arm is None else arm.steps,
+                "images": 0 if arm is None else arm.images,
+                "dice_with": None if arm is None else round(arm.dice_with, 4),
+                "dice_without": None if arm is None else round(arm.dice_without, 4),
+                "share": 0.0 if arm is None else round(arm.share, 4),
+                "megabytes": round(size, 2),
+                "megabytes_added": round(added, 2),
+            }
+        )
+        run.say(f"{found.plans.name} added ({found.plans.origin}); {size:.1f} MB in all, {added:.1f} MB more")
+        if arm is None:
+            run.warn("the new expert does not count until its arm is trained: add it again with --images.")
+        else:
+            run.say(arm.note)
+            if arm.dice_with < arm.dice_without:
+                run.warn("on held-out patches the new expert does not help. More --minutes, or leave it out.")
+        run.say(f"written to {written.folder}; use it with --bundle")
+
+
+@expert_app.command("remove")
+def expert_remove(
+    name: Annotated[str, typer.Argument(help="Of the expert.")],
+    from_bundle: Annotated[
+        Path | None, typer.Option("--from", help="Bundle that is copied; default: the one shipped.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New bundle; default: in the user's data folder.")
+    ] = None,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle at --output.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a bundle without one of its experts."""
+    with _run(as_json) as run, run.report() as progress:
+        progress("starting", 0.0)
+        from KA2ERSegment.bundle import load_bundle, user_bundles_folder
+        from KA2ERSegment.experts import Content, without_expert
+
+        bundle = load_bundle(from_bundle)
+        content = without_expert(Content.of(bundle), name)
+        progress("writing the bundle", 0.5)
+        target = output or user_bundles_folder() / f"{bundle.folder.name}-without-{name}"
+        written = content.save(target, force)
+        names = [expert.name for expert in written.plans.experts]
+        megabytes = round(written.nbytes / 1e6, 2)
+        run.result(
+            {"output": str(written.folder), "bundle": written.identity, "experts": names, "megabytes": megabytes}
+        )
+        run.say(f"written to {written.folder}, {megabytes:.1f} MB, with {', '.join(names) or 'no experts'}")
+
+
 @app.command()
 def doctor(
     *,
@@ -325,6 +495,31 @@ class _Run:
         with Progress(*columns, console=self._err, transient=True) as progress:
             task = progress.add_task(text, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    @contextlib.contextmanager
+    def report(self) -> Iterator[Callable[[str, float], None]]:
+        """A bar for work of several parts: the block calls what it gets with (text, share done).
+
+        Where stderr is no terminal, lines such as `progress 0.25 reading image 2 of 9`, at most two a second: another
+        program may read them.
+        """
+        if not self._err.is_terminal:
+            told: dict[str, float] = {}
+
+            def tell(text: str, share: float) -> None:
+                now, part = time.monotonic(), text.split(",")[0]
+                if now - told.get(part, float("-inf")) > 0.5:
+                    told[part] = now
+                    typer.echo(f"progress {share:.2f} {text}", err=True)
+
+            yield tell
+            return
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._err, transient=True) as bars:
+            task = bars.add_task("", total=1.0)
+            yield lambda text, share: bars.update(task, description=text, completed=share)
 
     def say(self, text: str | Table) -> None:
         """To people; silent where the output is JSON."""
@@ -434,28 +629,152 @@ def _prompts_of(
     return prompts
 
 
-def _predict(session: Session, new: list[Prompt], name: str) -> Prediction:
-    """The prediction after the new prompts; without any, what a file's prompts gave."""
-    session.select(name)
-    for prompt in new:
-        session.add(prompt)
+class _Segmented(NamedTuple):
+    """What `segment` writes, wherever it was done.
+
+    Args:
+        masks: of each object; where they overlap the newest shows.
+        quality: Dice to expect of the object that prompts went to.
+        weights: mean share of each arm in that object.
+        maps: file name to confidence map.
+        device: of the network.
+    """
+
+    masks: dict[str, Any]
+    quality: float
+    weights: dict[str, float]
+    maps: dict[str, Any]
+    device: str
+
+
+def _segment_here(
+    run: _Run,
+    volume: Volume,
+    new: list[Prompt],
+    saved: Path | None,
+    name: str | None,
+    bundle: Path | None,
+    device: Device,
+    *,
+    opinions: bool,
+) -> _Segmented:
+    """Segment in this process."""
+    with run.step("Starting"):
+        from KA2ERSegment.bundle import load_bundle
+        from KA2ERSegment.session import Session
+    with run.step("Loading the bundle"):
+        loaded = load_bundle(bundle)
+    with run.step("Segmenting"):
+        if saved is None:
+            session = Session(loaded, device=device.value)
+            session.set_volume(volume)
+        else:
+            session = Session.replay(saved, volume, loaded, device=device.value)
+        session.select(name or (session.selected if saved else "object"))
+        for prompt in new:
+            session.add(prompt)
     prediction = session.prediction
     if prediction is None:
-        message = (
-            f"object {name!r} must have at least one prompt, got none. Add one with --point, or name another --object."
-        )
-        raise KA2ERError(message)
-    return prediction
-
-
-def _confidence_maps(experts: Mapping[str, ExpertOpinion]) -> dict[str, Any]:
-    """File name to map: probability and weight of each expert."""
+        raise _no_prompt(session.selected)
+    weights: dict[str, float] = {}
     maps: dict[str, Any] = {}
-    for name, opinion in experts.items():
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
-        maps[f"{stem}_probability"] = opinion.probability
-        maps[f"{stem}_weight"] = opinion.weight
-    return maps
+    if opinions:
+        with run.step("Computing confidence maps"):
+            weights = {arm: opinion.mean_weight for arm, opinion in prediction.experts.items()}
+            for arm, opinion in prediction.experts.items():
+                maps |= _maps_of(arm, opinion.probability, opinion.weight)
+    labels, names = session.label_map()
+    masks = {each: labels == value for value, each in enumerate(names, 1)}
+    return _Segmented(masks, float(prediction.quality), weights, maps, device.value)
+
+
+def _segment_there(
+    run: _Run,
+    volume: Volume,
+    new: list[Prompt],
+    saved: Path | None,
+    name: str | None,
+    url: str,
+    api_key: str,
+    *,
+    opinions: bool,
+) -> _Segmented:
+    """Segment in an engine that runs somewhere; nothing of torch is loaded here."""
+    import numpy as np
+
+    from KA2ERSegment.engine.client import EngineClient
+    from KA2ERSegment.steps import read_steps_file
+
+    client = EngineClient(url, api_key)
+    with contextlib.closing(client):
+        with run.step("Asking the engine"):
+            info = client.info()
+        with run.step("Sending the image"):
+            session = client.open(volume.array_kji, volume.ijk_to_ras)
+        found: dict[str, ObjectChange] = {}
+        with run.step("Segmenting"):
+            changes = [] if saved is None else [session.give(read_steps_file(saved))]
+            changes += [session.select(name or (session.selected if saved else "object"))]
+            changes += [session.add(prompt) for prompt in new]
+        for change in changes:
+            found |= {one.name: one for one in change.objects}
+        mine = found.get(session.selected)
+        if mine is None or mine.quality is None:
+            raise _no_prompt(session.selected)
+        maps: dict[str, Any] = {}
+        if opinions:
+            with run.step("Computing confidence maps"):
+                for arm in mine.shares:
+                    opinion = session.opinion(session.selected, arm)
+                    maps |= _maps_of(
+                        arm,
+                        _on_grid(opinion.ijk_to_ras, opinion.probability, volume),
+                        _on_grid(opinion.ijk_to_ras, opinion.weight, volume),
+                    )
+        labels = np.zeros(volume.shape_kji, dtype=np.uint16)
+        for value, each in enumerate(session.names, 1):
+            box, mask = session.mask(each)
+            labels[box.slices][mask] = value
+        masks = {each: labels == value for value, each in enumerate(session.names, 1)}
+    return _Segmented(masks, mine.quality, dict(mine.shares) if opinions else {}, maps, str(info["device"]))
+
+
+def _on_grid(ijk_to_ras: FloatArray, values: Any, volume: Volume) -> Any:
+    """What an engine says on the network's grid (255 is 1), on a volume's: linear, 0 beyond the outermost samples.
+
+    As `Prediction.opinion_crop`, without torch. The two grids have parallel axes once the volume's are canonical.
+    """
+    import numpy as np
+    from scipy import ndimage
+
+    canonical = volume.canonical()
+    to_sample = np.linalg.inv(ijk_to_ras) @ canonical.ijk_to_ras
+    steps, offsets = to_sample.diagonal()[2::-1], to_sample[2::-1, 3]  # KJI
+    seen = []
+    for step, offset, samples, voxels in zip(steps, offsets, values.shape, canonical.shape_kji, strict=True):
+        at = offset + step * np.arange(voxels) + 1e-6  # a voxel on the very face: in at the start, out at the end
+        inside = np.flatnonzero((at >= -0.5) & (at < samples - 0.5))
+        seen.append(slice(inside[0], inside[-1] + 1) if inside.size else slice(0, 0))
+    out = np.zeros(volume.shape_kji, dtype=np.float32)
+    crop = volume.to_canonical(out)[tuple(seen)]
+    if crop.size:
+        first = offsets + steps * [part.start for part in seen]
+        known = values / np.float32(255)
+        crop[...] = ndimage.affine_transform(known, steps, first, crop.shape, order=1, mode="nearest")
+    return out
+
+
+def _no_prompt(name: str) -> KA2ERError:
+    message = (
+        f"object {name!r} must have at least one prompt, got none. Add one with --point, or name another --object."
+    )
+    return KA2ERError(message)
+
+
+def _maps_of(arm: str, probability: Any, weight: Any) -> dict[str, Any]:
+    """File name to map: probability and weight of one arm."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", arm)
+    return {f"{stem}_probability": probability, f"{stem}_weight": weight}
 
 
 def _segmenter(method: Method, bundle: Path | None, device: Device) -> Any:
@@ -473,15 +792,19 @@ def _segmenter(method: Method, bundle: Path | None, device: Device) -> Any:
 
 def _about_bundle(bundle: Bundle) -> dict[str, Any]:
     files = dict(bundle.checksums)
-    size = sum((bundle.folder / name).stat().st_size for name in files)
     plans = bundle.plans
     return {
         "folder": str(bundle.folder),
         "patch_size": plans.patch_size,
         "experts": [{"name": e.name, "task": e.task, "classes": list(e.classes)} for e in plans.experts],
-        "megabytes": round(size / 1e6, 2),
+        "megabytes": round(bundle.nbytes / 1e6, 2),
         "files": files,
     }
+
+
+def _about_expert(expert: ExpertPlans) -> dict[str, Any]:
+    keys = ("name", "task", "licence", "origin", "sha256", "note")
+    return {key: getattr(expert, key) for key in keys} | {"classes": list(expert.classes)}
 
 
 def _table_of_sources(title: str, sources: dict[str, dict[str, float | None]]) -> Table:

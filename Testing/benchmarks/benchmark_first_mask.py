@@ -22,10 +22,8 @@ AIMS = {"click": 0.15, "first mask": 8.0, "peak": 3e9, "ratio": 100.0}
 console = Console(stderr=True)
 
 
-def write_volumes(folder: Path) -> list[Path]:
-    """A 512x512x300 int16 volume like a CT of the trunk, noise everywhere, as `.nii.gz` and `.nii`."""
-    import nibabel
-
+def trunk() -> tuple[np.ndarray, np.ndarray]:
+    """(K, J, I) int16 of 300x512x512 voxels like a CT of the trunk, noise everywhere, and its affine."""
     rng = np.random.default_rng(0)
     k, j, i = np.ogrid[:300, :512, :512]
     array = np.full((300, 512, 512), -1000, dtype=np.int16)
@@ -34,7 +32,14 @@ def write_volumes(folder: Path) -> list[Path]:
     array[((j - 330) / 45) ** 2 + ((i - 330) / 50) ** 2 + ((k - 150) / 40) ** 2 < 1] = 60
     for plane in array:  # slice by slice: the noise of the whole would take 600 MB
         plane += rng.normal(0, 12, plane.shape).astype(np.int16)
-    affine = np.diag([-0.8, -0.8, 1.0, 1.0])
+    return array, np.diag([-0.8, -0.8, 1.0, 1.0])
+
+
+def write_volumes(folder: Path) -> list[Path]:
+    """The trunk as `.nii.gz` and `.nii`."""
+    import nibabel
+
+    array, affine = trunk()
     paths = [folder / "volume.nii.gz", folder / "volume.nii"]
     for path in paths:
         nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), affine), path)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.cli import app
 from KA2ERSegment.errors import BundleError
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt, prompt_from_json
@@ -90,6 +91,7 @@ class FakeBundle:
     plans: Any
     checksums: Mapping[str, str]
     identity: str = "fake@0"
+    nbytes = Bundle.nbytes
 
 
 @pytest.fixture(autouse=True)
@@ -389,7 +391,7 @@ def test_evaluate_without_a_manifest_fails(tmp_path: Path) -> None:
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     code = "import sys, KA2ERSegment.cli; print(sorted({'torch', 'monai', 'matplotlib', 'scipy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"
 
 

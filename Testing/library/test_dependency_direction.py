@@ -84,6 +84,6 @@ def _contract(kind: str) -> dict[str, Any]:
 
 def _import_all_without(blocked: set[str], modules: list[str]) -> None:
     code = IMPORT_WITHOUT.format(blocked=blocked, modules=modules)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
 
     assert done.returncode == 0, done.stderr

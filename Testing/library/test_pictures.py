@@ -157,5 +157,5 @@ def test_dice_against_clicks_has_one_line_per_source(tmp_path: Path, monkeypatch
 
 def test_importing_pictures_does_not_import_matplotlib() -> None:
     code = "import sys, KA2ERSegment.pictures; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "False"

@@ -68,6 +68,8 @@ def test_command_lines_of_the_readme_are_understood(line: str) -> None:
 def test_readme_shows_the_command_line() -> None:
     assert {line.split()[1] for line in shell_lines(README, "ka2ersegment")} == {
         "segment",
+        "serve",
+        "expert",
         "evaluate",
         "bundle",
         "doctor",
