@@ -83,6 +83,84 @@ class ExpertPlans:
         _require(words, f"expert {self.name!r}: classes", "a list of names", self.classes)
 
 
+AMALGAMATIONS = ("hierarchical", "cross_attention", "concatenation", "foundation")
+"""How experts' features meet the foundation's: KA2ER's three levels; its first two; plain concatenation; not at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class AmalgamationPlans:
+    """How experts' features meet the foundation's (`amalgamation.py`)."""
+
+    kind: str = "hierarchical"
+    """One of `AMALGAMATIONS`."""
+    no_expert: bool = True
+    """Whether "trust none of the experts" is one of the arms that a voxel can choose."""
+    enabled: bool = True
+    """Off: the foundation's features alone, as if there were no experts."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nobody has defined."""
+        _require(self.kind in AMALGAMATIONS, "amalgamation.kind", f"one of {', '.join(AMALGAMATIONS)}", self.kind)
+        for key in ("no_expert", "enabled"):
+            value = getattr(self, key)
+            _require(isinstance(value, bool), f"amalgamation.{key}", "true or false", value)
+
+
+@dataclass(frozen=True, slots=True)
+class GatePlans:
+    """The gate over mask decoders (`gate.py`)."""
+
+    specialists: tuple[str, ...] = ()
+    """Names of the experts whose own mask decoders the bundle has."""
+    hidden: int = 128
+    """Width of the gate's hidden layer."""
+    threshold: float = 0.5
+    """tau: a specialist is heard where its weight is above this; 1: never."""
+    temperature: float = 1.0
+    """Of the gate's softmax, fitted on subjects it was not trained on."""
+    enabled: bool = True
+    """Off: the general decoder alone."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no gate can be built from."""
+        names = self.specialists
+        words = isinstance(names, tuple) and all(isinstance(name, str) and name.isidentifier() for name in names)
+        _require(words and len(set(names)) == len(names) > 0, "gate.specialists", "names, each once", names)
+        _require(_is_count(self.hidden), "gate.hidden", "a whole number above zero", self.hidden)
+        threshold, heat = self.threshold, self.temperature
+        _require(_is_number(threshold) and 0 <= threshold <= 1, "gate.threshold", "a number from 0 to 1", threshold)
+        _require(_is_number(heat) and heat > 0, "gate.temperature", "a number above zero", heat)
+        _require(isinstance(self.enabled, bool), "gate.enabled", "true or false", self.enabled)
+
+
+@dataclass(frozen=True, slots=True)
+class VotingPlans:
+    """The voting head (`voting.py`)."""
+
+    semantic: tuple[str, ...] = ()
+    """Names of its semantic experts: groups of anatomy and modality."""
+    prototypes: int = 16
+    """Learnt class prototypes of each semantic expert."""
+    adaptive: int = 4
+    """Number of its adaptive experts."""
+    rank: int = 4
+    """Of their low-rank maps."""
+    top: int = 2
+    """Adaptive experts that are heard at one voxel."""
+    enabled: bool = True
+    """Off: the decoders' answer as it is."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no head can be built from."""
+        words = isinstance(self.semantic, tuple) and all(isinstance(name, str) for name in self.semantic)
+        _require(words and len(set(self.semantic)) == len(self.semantic), "voting.semantic", "names", self.semantic)
+        for key in ("prototypes", "adaptive", "rank", "top"):
+            value = getattr(self, key)
+            _require(_is_count(value), f"voting.{key}", "a whole number above zero", value)
+        _require(self.top <= self.adaptive, "voting.top", "at most voting.adaptive", self.top)
+        _require(isinstance(self.enabled, bool), "voting.enabled", "true or false", self.enabled)
+
+
 @dataclass(frozen=True, slots=True)
 class Plans:
     """The recipe of one bundle."""
@@ -102,6 +180,14 @@ class Plans:
     """Mask decoder channels at strides 4, 2 and 1."""
     stem_channels: int = 8
     """Channels of the full-resolution stem."""
+    amalgamation: AmalgamationPlans = field(default_factory=AmalgamationPlans)
+    gate: GatePlans | None = None
+    """None: the bundle has no gate and no specialists."""
+    voting: VotingPlans | None = None
+    """None: the bundle has no voting head."""
+    calibration: Mapping[str, float] = field(default_factory=dict)
+    """Temperature by which logits are divided before they become probabilities: of each arm by its name, and of the
+    whole model as "mask"; 1 where nothing is said. A mask does not change by it."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can be built from."""
@@ -117,6 +203,9 @@ class Plans:
         _require(fours, "decoder_channels", "three multiples of 4", channels)
         stem = self.stem_channels
         _require(_is_count(stem) and stem % 4 == 0, "stem_channels", "a multiple of 4", stem)
+        heat = self.calibration
+        fitted = isinstance(heat, Mapping) and all(_is_number(value) and value > 0 for value in heat.values())
+        _require(fitted, "calibration", "a temperature above zero for each name", heat)
         names = [expert.name for expert in self.experts]
         unique = len(set(names)) == len(names) and "foundation" not in names
         _require(unique, "expert names", "unique and not 'foundation'", names)
@@ -127,6 +216,10 @@ class Plans:
         data["experts"] = [
             {key: value for key, value in expert.items() if value or key not in _OPTIONAL} for expert in data["experts"]
         ]
+        default = Plans()
+        for key in ("amalgamation", "gate", "voting", "calibration"):  # older versions read a bundle without them too
+            if getattr(self, key) == getattr(default, key):
+                del data[key]
         return data
 
     @classmethod
@@ -139,6 +232,9 @@ class Plans:
         try:
             values["foundation"] = FoundationPlans(**_tuples(values.get("foundation", {})))
             values["experts"] = tuple(ExpertPlans(**_tuples(expert)) for expert in values.get("experts", ()))
+            for key, kind in (("amalgamation", AmalgamationPlans), ("gate", GatePlans), ("voting", VotingPlans)):
+                if values.get(key) is not None:
+                    values[key] = kind(**_tuples(values[key]))
             return cls(**_tuples(values))
         except (TypeError, AttributeError) as error:
             message = f"plans: {error}. The bundle was written by another version or by hand."

@@ -23,6 +23,7 @@ from KA2ERSegment.build import build_model
 from KA2ERSegment.bundle import load_bundle
 from KA2ERSegment.testing import tiny_plans
 from KA2ERSegment.training import __main__ as command
+from KA2ERSegment.training import run as training_run
 from KA2ERSegment.training.stages import ExpertStage
 
 CLASSES = {"bright": "liver", "dark": "spleen"}
@@ -188,7 +189,7 @@ def test_an_interrupted_stage_goes_on_where_it_was_and_within_its_budget(
 
     monkeypatch.setattr(ExpertStage, "training_step", counted)
     monkeypatch.setattr(
-        command, "ModelCheckpoint", lambda **given: ModelCheckpoint(**given | {"every_n_train_steps": 1})
+        training_run, "ModelCheckpoint", lambda **given: ModelCheckpoint(**given | {"every_n_train_steps": 1})
     )
     go = partial(run, a_workplace, output, "--stage", "tiny_trunk")
     config = settings(expert=settings()["expert"] | {"steps": 5})
