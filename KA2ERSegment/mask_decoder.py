@@ -21,10 +21,14 @@ class Decoded:
     Args:
         logits: (B, S, S, S) float32.
         quality: (B,) float32 in 0..1, the Dice that the mask is expected to have.
+        voxels: (B, C, S, S, S), the decoder's last features.
+        token: (B, width), its mask token after the last block.
     """
 
     logits: Tensor
     quality: Tensor
+    voxels: Tensor
+    token: Tensor
 
 
 class TwoWayBlock(nn.Module):
@@ -114,7 +118,7 @@ class MaskDecoder(nn.Module):
         mask_token = tokens[:, 0]
         logits = torch.einsum("bc,bckji->bkji", self.token_to_filter(mask_token), x) / x.shape[1] ** 0.5
         logits = logits + self.bias(mask_token)[:, :, None, None] + self.prior_gain * maps[:, PRIOR]
-        return Decoded(logits.float(), self.quality(tokens[:, 1])[:, 0].float().sigmoid())
+        return Decoded(logits.float(), self.quality(tokens[:, 1])[:, 0].float().sigmoid(), x, mask_token)
 
 
 def _pool(maps: Tensor) -> Tensor:
