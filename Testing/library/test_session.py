@@ -75,6 +75,7 @@ class FakeModel:
     """Answers by a function of image and prompts; counts what it is asked for."""
 
     arms = ("foundation", "fake")
+    voters = ()
 
     def __init__(self, answer: Callable[[np.ndarray, PatchPrompts], np.ndarray]) -> None:
         self.answer = answer
@@ -91,7 +92,8 @@ class FakeModel:
     def decode(self, features: SimpleNamespace, prompts: PatchPrompts) -> Decoded:
         self.decoded += 1
         logits = self.answer(features.image[0, 0].numpy(), prompts).astype(np.float32)
-        return Decoded(torch.from_numpy(logits)[None], torch.tensor([0.9]))
+        nothing = torch.zeros(1, 0)  # no features: there is no network
+        return Decoded(torch.from_numpy(logits)[None], torch.tensor([0.9]), nothing, nothing)
 
 
 def noise_model(seed: int) -> FakeModel:
