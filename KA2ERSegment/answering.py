@@ -12,7 +12,9 @@ import torch
 from KA2ERSegment.cancellation import checkpoint
 from KA2ERSegment.constraints import MARGIN, keep_change_local, keep_in_box, remove_islands
 from KA2ERSegment.errors import SessionStateError
+from KA2ERSegment.gate import GENERAL
 from KA2ERSegment.geometry import Box
+from KA2ERSegment.mask_decoder import Decoded
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.plans import Plans
 from KA2ERSegment.prediction import FloatImage, PackedMask
@@ -178,7 +180,20 @@ class Answerer:
             logits = keep_in_box(logits, prompts.box[0].numpy(), prompts.positive[0].numpy())
         logits = remove_islands(logits, prompts.positive[0].numpy())
         weights = features.weights[0, self._arms_at(experts)].float().cpu().numpy()
-        return Answer(patch, logits, prompts, experts, weights)
+        return Answer(patch, logits, prompts, experts, weights, *self._heard(decoded))
+
+    def _heard(self, decoded: Decoded) -> tuple[dict[str, float], dict[str, float]]:
+        """Weights of the gate, and the decoders that were heard with their shares."""
+        if decoded.gate is None or decoded.heard is None:
+            return {}, {GENERAL: 1.0}
+        gate = self.model.gate
+        assert gate is not None, "weights of a gate come from one"
+        weights = dict(zip(gate.decoders, decoded.gate[0].tolist(), strict=True))
+        chosen = int(decoded.heard[0])
+        if not chosen:
+            return weights, {GENERAL: 1.0}
+        name = gate.decoders[chosen]
+        return weights, {GENERAL: 1 - weights[name], name: weights[name]}
 
     # -- features ----------------------------------------------------------------------------------------------------
 
@@ -215,8 +230,8 @@ class Answerer:
             if key not in self._opinions:
                 with torch.inference_mode():
                     features = self._features_of(answer.patch, self.model.arms[1:])
-                    alone = self.model.only(features, self._arms_at(answer.experts)[arm])
-                    logits = self.model.decode(alone, _to(answer.prompts, self.device)).logits[0].cpu().numpy()
+                    prompts, at = _to(answer.prompts, self.device), self._arms_at(answer.experts)[arm]
+                    logits = self.model.opinion(features, prompts, at)[0].cpu().numpy()
                 self._opinions[key] = answer, logits  # as long as the answer is kept, nothing else has its id
                 if len(self._opinions) > OPINIONS:
                     self._opinions.popitem(last=False)

@@ -10,6 +10,7 @@ from KA2ERSegment.amalgamation import STRIDES, Amalgamation
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
 from KA2ERSegment.errors import BundleError
+from KA2ERSegment.gate import Gate
 from KA2ERSegment.mask_decoder import MaskDecoder
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.plans import Plans
@@ -69,12 +70,19 @@ def _network(plans: Plans) -> PromptableModel:
         amalgamation=amalgamation,
         merge=nn.Conv3d(2 * plans.width, plans.width, 1),
         prompt_encoder=PromptEncoder(plans.width),
-        mask_decoder=MaskDecoder(
-            plans.width,
-            plans.attention_heads,
-            skips=(foundation.channels[4], foundation.channels[2], plans.stem_channels),
-            channels=plans.decoder_channels,
-        ),
+        mask_decoder=_decoder(plans, foundation),
+        specialists={name: _decoder(plans, foundation) for name in (plans.gate.specialists if plans.gate else ())},
+        gate=Gate(plans.width, plans.gate) if plans.gate else None,
+    )
+
+
+def _decoder(plans: Plans, foundation: Foundation) -> MaskDecoder:
+    """The general mask decoder, or a specialist of the same shape."""
+    return MaskDecoder(
+        plans.width,
+        plans.attention_heads,
+        skips=(foundation.channels[4], foundation.channels[2], plans.stem_channels),
+        channels=plans.decoder_channels,
     )
 
 

@@ -1,6 +1,7 @@
 """Put an expert into a bundle, or take one out; every other tensor stays as it was, bit for bit.
 
-An expert is its encoder and its arm: in each level of the amalgamation a projection, a code and a bias.
+An expert is its encoder and its arm: in each level of the amalgamation a projection, a code and a bias. Some have a
+mask decoder of their own, which goes with them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from KA2ERSegment.build import build_model, load_tensors, tensors_by_name
 from KA2ERSegment.bundle import CARD, CHECKSUMS, PLANS, WEIGHTS, Bundle, default_bundle_folder, save_bundle
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.errors import BundleError
-from KA2ERSegment.plans import ExpertPlans, Plans
+from KA2ERSegment.plans import ExpertPlans, GatePlans, Plans
 
 UNHEARD = -1e4
 """Bias of an arm that was never trained: beside any other arm its share is exactly 0."""
@@ -159,9 +160,28 @@ def without_expert(content: Content, name: str) -> Content:
             tensors[tensor] = torch.cat([values[:row], values[row + 1 :]])
         elif tensor not in own and not tensor.startswith(f"experts.{name}."):
             tensors[_moved_up(tensor, at)] = values
-    plans = replace(content.plans, experts=tuple(expert for expert in content.plans.experts if expert.name != name))
+    gate, tensors = _without_specialist(content.plans.gate, tensors, name)
+    experts = tuple(expert for expert in content.plans.experts if expert.name != name)
+    plans = replace(content.plans, experts=experts, gate=gate)
     licences = {file: text for file, text in content.licences.items() if file != _licence_file(name)}
     return Content(plans, tensors, _card_without(content.card, name), licences)
+
+
+def _without_specialist(
+    gate: GatePlans | None, tensors: dict[str, Tensor], name: str
+) -> tuple[GatePlans | None, dict[str, Tensor]]:
+    """Without an expert's own mask decoder and its class of the gate; without the gate where that was the last one."""
+    if gate is None or name not in gate.specialists:
+        return gate, tensors
+    left = tuple(other for other in gate.specialists if other != name)
+    gone = (f"specialists.{name}.",) if left else ("specialists.", "gate.")
+    tensors = {tensor: values for tensor, values in tensors.items() if not tensor.startswith(gone)}
+    if not left:
+        return None, tensors
+    row = gate.specialists.index(name) + 1
+    for tensor in ("gate.head.weight", "gate.head.bias"):
+        tensors[tensor] = torch.cat([tensors[tensor][:row], tensors[tensor][row + 1 :]])
+    return replace(gate, specialists=left), tensors
 
 
 def _moved_up(tensor: str, at: int) -> str:

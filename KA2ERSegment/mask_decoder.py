@@ -23,12 +23,16 @@ class Decoded:
         quality: (B,) float32 in 0..1, the Dice that the mask is expected to have.
         voxels: (B, C, S, S, S), the decoder's last features.
         token: (B, width), its mask token after the last block.
+        gate: (B, K+1) float32, weights of the general decoder and of each specialist; None without a gate.
+        heard: (B,) int64, the specialist that was heard (1..K), 0 for the general decoder alone; None without a gate.
     """
 
     logits: Tensor
     quality: Tensor
     voxels: Tensor
     token: Tensor
+    gate: Tensor | None = None
+    heard: Tensor | None = None
 
 
 class TwoWayBlock(nn.Module):

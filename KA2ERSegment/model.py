@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 import torch.nn as nn
@@ -14,8 +15,12 @@ from KA2ERSegment.cancellation import watch_layers
 from KA2ERSegment.convolution import QuickConvolution, quick_layout
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
+from KA2ERSegment.gate import Gate, fuse, gate_query
 from KA2ERSegment.mask_decoder import Decoded, MaskDecoder
 from KA2ERSegment.prompt_encoder import PatchPrompts, PromptEncoder, dense_maps, edge_costs
+
+DecoderInputs: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor]
+"""What `MaskDecoder.forward` takes: embedding, skips, tokens, which of them are padding, prompt maps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,9 @@ class PromptableModel(nn.Module):
         experts: frozen encoders by name.
         amalgamation: one level for each stride of `STRIDES`.
         prompt_encoder: points and boxes to tokens.
-        mask_decoder: embedding and prompts to logits.
+        mask_decoder: embedding and prompts to logits; the general one where there are specialists.
+        specialists: finetuned copies of it by expert name; frozen.
+        gate: chooses among them; frozen. None: the general decoder alone.
     """
 
     def __init__(
@@ -71,6 +78,8 @@ class PromptableModel(nn.Module):
         merge: nn.Module,
         prompt_encoder: PromptEncoder,
         mask_decoder: MaskDecoder,
+        specialists: dict[str, MaskDecoder] | None = None,
+        gate: Gate | None = None,
     ) -> None:
         super().__init__()
         self.stem, self.foundation = stem, foundation
@@ -78,8 +87,10 @@ class PromptableModel(nn.Module):
         self.amalgamation = nn.ModuleDict({str(stride): level for stride, level in amalgamation.items()})
         self.merge = merge
         self.prompt_encoder, self.mask_decoder = prompt_encoder, mask_decoder
-        for parameter in self.experts.parameters():
-            parameter.requires_grad_(False)
+        self.specialists, self.gate = nn.ModuleDict(specialists or {}), gate
+        for frozen in (self.experts, self.specialists, self.gate):
+            if frozen is not None:
+                frozen.requires_grad_(False)
         watch_layers(self)
 
     @property
@@ -122,13 +133,66 @@ class PromptableModel(nn.Module):
             return self.merge(torch.cat([fine, coarse], dim=1)), weights
 
     def decode(self, features: PatchFeatures, prompts: PatchPrompts) -> Decoded:
-        """The quick part, for every prompt: logits (B, S, S, S) and expected quality (B,)."""
+        """The quick part, for every prompt: logits (B, S, S, S) and expected quality (B,).
+
+        The general decoder answers; where the gate trusts a specialist enough, that one is run too and both are fused.
+        """
+        inputs = self.decoder_inputs(features, prompts)
+        decoded = self.run_decoder(self.mask_decoder, inputs)
+        if self.gate is not None and self.gate.plans.enabled:
+            decoded = self._gated(self.gate, decoded, features, prompts, inputs)
+        return decoded
+
+    def decoder_inputs(self, features: PatchFeatures, prompts: PatchPrompts) -> DecoderInputs:
+        """What all mask decoders read, made once for each prompt."""
         maps = dense_maps(features.image, features.edges, prompts)
         tokens, ignore = self.prompt_encoder(prompts, features.image.shape[-1])
         skips = (features.foundation[4], features.foundation[2], features.stem)
+        return features.embedding, skips, tokens, ignore, maps
+
+    def run_decoder(self, decoder: nn.Module, inputs: DecoderInputs) -> Decoded:
+        """One decoder's answer."""
         with QuickConvolution():
-            decoded: Decoded = self.mask_decoder(features.embedding, skips, tokens, ignore, maps)
+            decoded: Decoded = decoder(*inputs)
         return decoded
+
+    def _gated(
+        self, gate: Gate, general: Decoded, features: PatchFeatures, prompts: PatchPrompts, inputs: DecoderInputs
+    ) -> Decoded:
+        """SAM-Med3D-MoE (arXiv 2407.04938): only the chosen specialist is run, only on the cases that chose it.
+
+        Specialists of experts that are switched off are not asked.
+        """
+        embedding, _, tokens, ignore, maps = inputs
+        allowed = features.present[:, [self.arms.index(name) for name in self.specialists]]
+        weights, heard = gate.route(gate_query(embedding, tokens, ignore, maps, prompts), allowed)
+        logits, quality = general.logits, general.quality
+        for number, specialist in enumerate(self.specialists.values(), start=1):
+            cases = (heard == number).nonzero()[:, 0]
+            if not len(cases):
+                continue
+            own = self.run_decoder(specialist, _of_cases(inputs, cases))
+            weight = weights[cases, number]
+            logits = logits.index_copy(0, cases, fuse(general.logits[cases], own.logits, weight))
+            fused = weight * own.quality + (1 - weight) * general.quality[cases]
+            quality = quality.index_copy(0, cases, fused)
+        return replace(general, logits=logits, quality=quality, gate=weights, heard=heard)
+
+    def opinion(self, features: PatchFeatures, prompts: PatchPrompts, arm: int) -> Tensor:
+        """What one arm alone answers: its own specialist decoder on the embedding that it alone gives.
+
+        Args:
+            features: of B patches.
+            prompts: of the same B cases.
+            arm: 0 the foundation, k the k-th expert; one without a specialist is read by the general decoder.
+
+        Returns:
+            (B, S, S, S) float32 logits.
+        """
+        name = self.arms[arm]
+        gated = self.gate is not None and self.gate.plans.enabled and name in self.specialists
+        decoder = self.specialists[name] if gated else self.mask_decoder
+        return self.run_decoder(decoder, self.decoder_inputs(self.only(features, arm), prompts)).logits
 
     def only(self, features: PatchFeatures, arm: int) -> PatchFeatures:
         """The same patch as one arm alone sees it: 0 the foundation without experts, k the k-th expert."""
@@ -140,3 +204,10 @@ class PromptableModel(nn.Module):
         present[:, list(arms)] = True
         embedding, weights = self.amalgamate(features.foundation, features.experts, present)
         return replace(features, embedding=embedding, weights=weights, present=present)
+
+
+def _of_cases(inputs: DecoderInputs, cases: Tensor) -> DecoderInputs:
+    """The inputs of some of the cases."""
+    embedding, (quarter, half, full), tokens, ignore, maps = inputs
+    skips = (quarter[cases], half[cases], full[cases])
+    return embedding[cases], skips, tokens[cases], ignore[cases], maps[cases]

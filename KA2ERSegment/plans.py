@@ -125,7 +125,8 @@ class GatePlans:
         """Refuse sizes that no gate can be built from."""
         names = self.specialists
         words = isinstance(names, tuple) and all(isinstance(name, str) and name.isidentifier() for name in names)
-        _require(words and len(set(names)) == len(names) > 0, "gate.specialists", "names, each once", names)
+        unique = words and len(set(names)) == len(names) > 0 and "general" not in names
+        _require(unique, "gate.specialists", "names, each once and not 'general'", names)
         _require(_is_count(self.hidden), "gate.hidden", "a whole number above zero", self.hidden)
         threshold, heat = self.threshold, self.temperature
         _require(_is_number(threshold) and 0 <= threshold <= 1, "gate.threshold", "a number from 0 to 1", threshold)
@@ -209,6 +210,9 @@ class Plans:
         names = [expert.name for expert in self.experts]
         unique = len(set(names)) == len(names) and "foundation" not in names
         _require(unique, "expert names", "unique and not 'foundation'", names)
+        if self.gate is not None:
+            known = set(self.gate.specialists) <= set(names)
+            _require(known, "gate.specialists", f"names of the experts, {names}", self.gate.specialists)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the format's number."""

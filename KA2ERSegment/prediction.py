@@ -124,6 +124,9 @@ class Prediction:
         arms: names of the arms of the amalgamation that took part.
         weights: (arms, n, n, n) float32, their shares in the decision, summing to 1, on a coarser grid of the patch.
         opinion: computes the logits (S, S, S) of one arm alone, by its index in `arms`.
+        gate: weight that the gate gives to each mask decoder, by name, "general" first; empty without a gate.
+        decoders: the mask decoders that were heard, with their shares in the mask, "general" first. A specialist is
+            heard where its weight is above the gate's threshold (SAM-Med3D-MoE, arXiv 2407.04938).
     """
 
     volume: Volume = field(repr=False)
@@ -136,6 +139,8 @@ class Prediction:
     arms: tuple[str, ...] = field(repr=False)
     weights: FloatImage = field(repr=False)
     opinion: Callable[[int], FloatImage] = field(repr=False)
+    gate: Mapping[str, float] = field(default_factory=dict, repr=False)
+    decoders: Mapping[str, float] = field(default_factory=lambda: {"general": 1.0}, repr=False)
 
     @property
     def mask(self) -> BoolArray:

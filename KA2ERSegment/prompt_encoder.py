@@ -127,7 +127,7 @@ def geodesic_prior(edges: Tensor, prompts: PatchPrompts) -> Tensor:
     background; all three weaker than a real seed.
     """
     far = torch.full_like(prompts.previous, 1e3)
-    positive = torch.where(_core(prompts.box), CORE_START, far).masked_fill(prompts.positive, 0.0)
+    positive = torch.where(box_core(prompts.box), CORE_START, far).masked_fill(prompts.positive, 0.0)
     border = torch.ones_like(prompts.box)
     border[:, 1:-1, 1:-1, 1:-1] = False
     negative = torch.where(border, BORDER_START, far)
@@ -167,7 +167,7 @@ def geodesic_distance(edges: Tensor, start: Tensor, rounds: int = 2) -> Tensor:
     return distance
 
 
-def _core(box: Tensor) -> Tensor:
+def box_core(box: Tensor) -> Tensor:
     """The middle of a box: its samples farther than a third of its extent from its faces, along each axis."""
     core = box
     for axis in (1, 2, 3):

@@ -589,6 +589,8 @@ class Session:
             arms=("foundation", *answer.experts) if len(answer.weights) else (),
             weights=answer.weights,
             opinion=answerer.opinion_of(answer),
+            gate=answer.gate,
+            decoders=answer.decoders,
         )
         # negative prompts alone leave nothing to build on: the first positive one chooses its patch as if it were first
         kept = answer if own.evidence.extent() is not None else None

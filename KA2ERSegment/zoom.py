@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ class Answer:
         prompts: as the network saw them; None where it was not asked, and a hand drew the mask.
         experts: that took part.
         weights: (arms, n, n, n) float32, the shares of the foundation alone and of each of them.
+        gate: weight of each mask decoder by name, "general" first; empty without a gate.
+        decoders: those that were heard, with their shares in the mask.
     """
 
     patch: Patch
@@ -32,6 +35,8 @@ class Answer:
     prompts: PatchPrompts | None
     experts: tuple[str, ...]
     weights: FloatImage
+    gate: Mapping[str, float] = field(default_factory=dict)
+    decoders: Mapping[str, float] = field(default_factory=lambda: {"general": 1.0})
 
 
 def fits(patch: Patch, newest: Evidence) -> bool:
