@@ -19,8 +19,9 @@ import numpy as np
 from scipy import ndimage
 
 from KA2ERSegment.errors import KA2ERError
-from KA2ERSegment.evaluation import dice, drawn_box, next_click, seed_of
+from KA2ERSegment.evaluation import dice, drawn_box, next_click
 from KA2ERSegment.geometry import BoolArray, Ijk
+from KA2ERSegment.manifests import seed_of
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt
 from KA2ERSegment.volume import Volume
 

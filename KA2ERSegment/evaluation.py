@@ -14,9 +14,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -27,7 +27,7 @@ from scipy import ndimage
 
 from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import BoolArray, Box, Ijk
-from KA2ERSegment.image_files import read_image
+from KA2ERSegment.manifests import Item, LeftOut, Target, read_item, read_manifest, seed_of, targets_of
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt
 from KA2ERSegment.volume import Volume
 
@@ -61,6 +61,21 @@ class SessionSegmenter:
         self._session = session
         self.identity = identity
 
+    def facts(self) -> dict[str, float]:
+        """Number of learnt parameters, and seconds for the features of one patch of noise (the quickest of three)."""
+        import torch
+
+        model, size = self._session.model, self._session.bundle.plans.patch_size
+        noise = torch.randn(1, 2, size, size, size, generator=torch.Generator().manual_seed(0)).to(self._session.device)
+        seconds = []
+        with torch.inference_mode():
+            for _ in range(3):
+                begin = time.perf_counter()
+                model.encode(noise).embedding.sum().item()  # a GPU is done once the number is here
+                seconds.append(time.perf_counter() - begin)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return {"parameters": parameters, "seconds_per_patch": min(seconds)}
+
     def start(self, volume: Volume) -> None:
         """Set the volume afresh: features are computed again, so that the seconds of every object count them."""
         self._session.set_volume(volume)
@@ -68,12 +83,6 @@ class SessionSegmenter:
     def add(self, prompt: Prompt) -> BoolArray:
         """The (K, J, I) mask after this prompt."""
         return self._session.add(prompt).mask
-
-
-def seed_of(*words: str) -> np.random.Generator:
-    """Random generator that depends on these words only, the same on every machine and Python version."""
-    digest = hashlib.sha256("/".join(words).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def drawn_box(truth: BoolArray, rng: np.random.Generator) -> Box:
@@ -197,6 +206,8 @@ class ObjectResult:
     """From the volume to the first mask: features and all."""
     seconds_per_click: float | None
     """Mean of the later prompts; None where the first mask was perfect."""
+    subject: str = ""
+    """Whose image it is, as the manifest says; results of older versions do not."""
 
     @property
     def dsc(self) -> tuple[float, ...]:
@@ -207,79 +218,6 @@ class ObjectResult:
     def nsd(self) -> tuple[float, ...]:
         """Surface Dice after clicks 1 to 5."""
         return self.nsd1, self.nsd2, self.nsd3, self.nsd4, self.nsd5
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One row of a manifest that has an image. Of several channels the first one is used."""
-
-    id: str
-    source: str
-    image: Path
-    label: Path
-    names: dict[int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """What was not evaluated, and why. `name` is empty where it is a whole item."""
-
-    item: str
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    item: Item
-    label: int
-    name: str
-
-
-def read_manifest(path: str | os.PathLike[str], split: str) -> tuple[list[Item], list[LeftOut]]:
-    """Items of one split that have an image, and those that have none.
-
-    Args:
-        path: CSV with columns id, split, has_image, images (separated by ;), label, labels_json (label value to
-            name), source_repo. Files are relative to the manifest's folder.
-        split: for instance `val`.
-    """
-    path = Path(path)
-    columns = {"id", "split", "has_image", "images", "label", "labels_json", "source_repo"}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        message = f"manifest {path.name!r} must be a readable CSV file: {error}."
-        raise KA2ERError(message) from error
-    missing = columns - set(rows[0]) if rows else columns
-    if missing:
-        message = (
-            f"manifest {path.name!r} must have rows and the columns {sorted(columns)}, got none of {sorted(missing)}."
-        )
-        raise KA2ERError(message)
-    chosen = [row for row in rows if row["split"] == split]
-    if not chosen:
-        message = (
-            f"manifest {path.name!r} must have items of split {split!r}, got {sorted({r['split'] for r in rows})}."
-        )
-        raise KA2ERError(message)
-    items, left_out = [], []
-    for row in chosen:
-        if row["has_image"] != "yes":
-            left_out.append(LeftOut(row["id"], "", "a label map without an image"))
-            continue
-        try:
-            names = json.loads((path.parent / row["labels_json"]).read_text(encoding="utf-8"))
-            labels = {int(value): str(name) for value, name in names.items()}
-        except (OSError, ValueError, AttributeError) as error:
-            message = (
-                f"item {row['id']!r} must have label names, label value to name, in {row['labels_json']!r}: {error}."
-            )
-            raise KA2ERError(message) from error
-        image, label = path.parent / row["images"].split(";")[0], path.parent / row["label"]
-        items.append(Item(row["id"], row["source_repo"], image, label, labels))
-    return items, left_out
 
 
 def evaluate_object(
@@ -341,12 +279,15 @@ def evaluate_object(
     }
 
 
+_WORDS = ("item", "source", "name", "subject")
+
+
 def means_per_source(results: Sequence[ObjectResult]) -> dict[str, dict[str, float | None]]:
     """Mean of every score per source: first over the objects of an item, then over the items of a source.
 
     The entry `mean over sources` is their mean, each source counting once.
     """
-    columns = [f.name for f in fields(ObjectResult) if f.name not in {"item", "source", "label", "name", "voxels"}]
+    columns = [f.name for f in fields(ObjectResult) if f.name not in {*_WORDS, "label", "voxels"}]
 
     def mean(values: Sequence[float | None]) -> float | None:
         there = [v for v in values if v is not None]
@@ -367,23 +308,31 @@ def means_per_source(results: Sequence[ObjectResult]) -> dict[str, dict[str, flo
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A whole run: its settings, one result per object, and what was left out."""
+    """A whole run: its settings, one result per object, what was left out, and facts about the method."""
 
     settings: dict[str, Any]
     results: tuple[ObjectResult, ...]
     left_out: tuple[LeftOut, ...]
     complete: bool
+    about: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sources(self) -> dict[str, dict[str, float | None]]:
         """Means per source and over sources."""
         return means_per_source(self.results)
 
+    @property
+    def seconds_per_click(self) -> float | None:
+        """Median over the objects."""
+        seconds = [r.seconds_per_click for r in self.results if r.seconds_per_click is not None]
+        return float(np.median(seconds)) if seconds else None
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the single objects, which are in `objects.csv`."""
         return {
             "settings": self.settings,
             "complete": self.complete,
+            "about": {**self.about, "seconds_per_click": self.seconds_per_click},
             "sources": self.sources,
             "left_out": [asdict(entry) for entry in self.left_out],
         }
@@ -410,6 +359,7 @@ def evaluate(
     max_objects_per_item: int | None = None,
     min_voxels: int = 20,
     resume: bool = False,
+    about: Mapping[str, float] | None = None,
     on_progress: Callable[[int, int, ObjectResult | None], None] | None = None,
 ) -> Evaluation:
     """Evaluate every object of every item of a split, and save after each one.
@@ -424,6 +374,7 @@ def evaluate(
             same in every run and for every method. None: all.
         min_voxels: smaller objects are listed as left out.
         resume: continue what an interrupted run left in `output`; it must have had the same settings.
+        about: facts about the method for the summary, such as `SessionSegmenter.facts`.
         on_progress: called with objects done, objects in all, and the newest result (None at the start).
     """
     folder = Path(output)
@@ -442,9 +393,9 @@ def evaluate(
         more_items, without_image = read_manifest(manifest, split)
         items += more_items
         left_out += without_image
-    tasks: list[_Task] = []
+    tasks: list[Target] = []
     for item in items:
-        more_tasks, too_small = _objects_of(item, min_voxels, max_objects_per_item)
+        more_tasks, too_small = targets_of(item, min_voxels, max_objects_per_item)
         tasks += more_tasks
         left_out += too_small
     if not tasks:
@@ -457,7 +408,7 @@ def evaluate(
 
     def state() -> Evaluation:
         finished = tuple(results[key] for key in wanted if key in results)
-        return Evaluation(settings, finished, tuple(left_out), complete=len(finished) == len(tasks))
+        return Evaluation(settings, finished, tuple(left_out), len(finished) == len(tasks), dict(about or {}))
 
     if on_progress is not None:
         on_progress(len(state().results), len(tasks), None)
@@ -466,13 +417,15 @@ def evaluate(
         if key in results:
             continue
         if current is None or current[0] != task.item.id:
-            current = (task.item.id, *_read(task.item))
+            current = (task.item.id, *read_item(task.item))
         _, volume, labels = current
         truth = labels == task.label
         rng = seed_of(task.item.id, str(task.label))
         scores = evaluate_object(segmenter, volume, truth, rng, with_box=with_box)
         voxels = int(np.count_nonzero(truth))
-        result = ObjectResult(task.item.id, task.item.source, task.label, task.name, voxels, **scores)
+        result = ObjectResult(
+            task.item.id, task.item.source, task.label, task.name, voxels, **scores, subject=task.item.subject
+        )
         results[key] = result
         state().save(folder)
         if on_progress is not None:
@@ -483,36 +436,6 @@ def evaluate(
 
     picture_of_dice_against_clicks(folder / "dice_against_clicks.png", final.sources)
     return final
-
-
-def _read(item: Item) -> tuple[Volume, npt.NDArray[Any]]:
-    volume = Volume.read(item.image)
-    labels, affine, _ = read_image(item.label)
-    if not volume.same_grid(labels.shape, affine):
-        message = (
-            f"the label map of item {item.id!r} must lie on its image's grid of shape KJI {volume.shape_kji}, "
-            f"got shape KJI {labels.shape} or another affine. Resample it first."
-        )
-        raise KA2ERError(message)
-    return volume, labels
-
-
-def _objects_of(item: Item, min_voxels: int, at_most: int | None) -> tuple[list[_Task], list[LeftOut]]:
-    labels, _, _ = read_image(item.label)
-    values, counts = np.unique(labels, return_counts=True)
-    voxels = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
-    present = [value for value in sorted(item.names) if value != 0 and voxels.get(value, 0) > 0]
-    large = [value for value in present if voxels[value] >= min_voxels]
-    left_out = [
-        LeftOut(item.id, item.names[v], f"{voxels[v]} voxels, fewer than {min_voxels}")
-        for v in present
-        if v not in large
-    ]
-    if at_most is not None and len(large) > at_most:
-        chosen = {large[n] for n in seed_of(item.id).permutation(len(large))[:at_most]}
-        left_out += [LeftOut(item.id, item.names[v], f"more than {at_most} objects") for v in large if v not in chosen]
-        large = [value for value in large if value in chosen]
-    return [_Task(item, value, item.names[value]) for value in large], left_out
 
 
 def _earlier_results(folder: Path, settings: dict[str, Any], *, resume: bool) -> list[ObjectResult]:
@@ -540,16 +463,15 @@ def _earlier_results(folder: Path, settings: dict[str, Any], *, resume: bool) ->
 
 
 def _result_from_row(row: dict[str, str]) -> ObjectResult:
-    texts, integers = {"item", "source", "name"}, {"label", "voxels"}
     values: dict[str, Any] = {}
-    for field in fields(ObjectResult):
-        text = row[field.name]
-        if field.name in texts:
-            values[field.name] = text
-        elif field.name in integers:
-            values[field.name] = int(text)
+    for column in (f.name for f in fields(ObjectResult)):
+        text = row.get(column, "") if column == "subject" else row[column]
+        if column in _WORDS:
+            values[column] = text
+        elif column in {"label", "voxels"}:
+            values[column] = int(text)
         else:
-            values[field.name] = float(text) if text else None
+            values[column] = float(text) if text else None
     return ObjectResult(**values)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from KA2ERSegment.errors import BundleError
@@ -42,6 +42,9 @@ class FoundationPlans:
         _require(divide, "foundation.heads", "four numbers that divide the stages' channels", heads)
         _require(_is_count(self.window), "foundation.window", "a whole number above zero", self.window)
 
+
+SYSTEMS = ("experts", "gate", "voting", "calibration")
+"""What `Plans.without` can switch off."""
 
 _OPTIONAL = ("licence", "origin", "sha256", "note")
 """Fields of an expert that are written only where they say something: older versions read such a bundle too."""
@@ -213,6 +216,22 @@ class Plans:
         if self.gate is not None:
             known = set(self.gate.specialists) <= set(names)
             _require(known, "gate.specialists", f"names of the experts, {names}", self.gate.specialists)
+
+    def without(self, *systems: str) -> Plans:
+        """These plans with systems switched off, each one of `SYSTEMS`; what a bundle does not have stays off."""
+        plans = self
+        for system in systems:
+            if system == "experts":
+                plans = replace(plans, amalgamation=replace(plans.amalgamation, enabled=False))
+            elif system == "gate":
+                plans = replace(plans, gate=plans.gate and replace(plans.gate, enabled=False))
+            elif system == "voting":
+                plans = replace(plans, voting=plans.voting and replace(plans.voting, enabled=False))
+            elif system == "calibration":
+                plans = replace(plans, calibration={})
+            else:
+                _require(False, "what is switched off", f"one of {', '.join(SYSTEMS)}", system)
+        return plans
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the format's number."""

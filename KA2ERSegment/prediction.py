@@ -127,6 +127,8 @@ class Prediction:
         gate: weight that the gate gives to each mask decoder, by name, "general" first; empty without a gate.
         decoders: the mask decoders that were heard, with their shares in the mask, "general" first. A specialist is
             heard where its weight is above the gate's threshold (SAM-Med3D-MoE, arXiv 2407.04938).
+        calibration: temperature by which logits are divided before they are probabilities, of each arm by its name
+            and of the whole model as "mask"; 1 where nothing is said. The mask does not depend on it.
     """
 
     volume: Volume = field(repr=False)
@@ -141,6 +143,7 @@ class Prediction:
     opinion: Callable[[int], FloatImage] = field(repr=False)
     gate: Mapping[str, float] = field(default_factory=dict, repr=False)
     decoders: Mapping[str, float] = field(default_factory=lambda: {"general": 1.0}, repr=False)
+    calibration: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def mask(self) -> BoolArray:
@@ -170,7 +173,7 @@ class Prediction:
         box = seen.union(self.packed.box)
         probability = np.zeros(box.shape_kji, dtype=np.float32)
         if seen.size:
-            seen.within(box).paste(sigmoid(upsample(self.logits, self.patch, seen)), probability)
+            seen.within(box).paste(self._probable(upsample(self.logits, self.patch, seen)), probability)
         mask = self.packed.on(box)
         half = np.float32(0.5)
         np.copyto(probability, np.maximum(probability, np.nextafter(half, np.float32(1))), where=mask)
@@ -190,7 +193,7 @@ class Prediction:
     def on_patch(self) -> tuple[BoolArray, FloatImage]:
         """The final mask (S, S, S) on the samples of the patch, and the probability there, 0 or 1 where they differ."""
         mask = self._mask_on_patch
-        probability = sigmoid(self.logits.copy())
+        probability = self._probable(self.logits)
         return mask, np.where(mask == (self.logits > 0), probability, mask).astype(np.float32)
 
     @cached_property
@@ -234,7 +237,7 @@ class Prediction:
         if arm not in self.arms:
             raise KeyError(arm)
         at, read = self.arms.index(arm), self.patch.read_by(self.canonical.shape_kji)
-        return sigmoid(self.opinion(at).copy()) * read, self._weight_on_patch(at) * read
+        return self._probable(self.opinion(at), arm) * read, self._weight_on_patch(at) * read
 
     def opinion_crop(self, arm: str) -> tuple[Box, FloatImage, FloatImage]:
         """One arm's probability and weight within the patch; KeyError for an unknown one."""
@@ -274,6 +277,10 @@ class Prediction:
         shares = [self._weight_on_patch(at) for at in range(arms)]
         squares = np.sum([share**2 for share in shares], axis=0)
         return np.asarray((1 - squares) * (arms / (arms - 1)), dtype=np.float32)
+
+    def _probable(self, logits: FloatImage, whose: str = "mask") -> FloatImage:
+        """Probabilities of logits, which stay as they are."""
+        return sigmoid(logits / np.float32(self.calibration.get(whose, 1.0)))
 
     def _weight_on_patch(self, at: int) -> FloatImage:
         """(S, S, S): the centre of a coarse cell lies in the middle of its samples."""

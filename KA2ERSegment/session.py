@@ -591,6 +591,7 @@ class Session:
             opinion=answerer.opinion_of(answer),
             gate=answer.gate,
             decoders=answer.decoders,
+            calibration=self.bundle.plans.calibration,
         )
         # negative prompts alone leave nothing to build on: the first positive one chooses its patch as if it were first
         kept = answer if own.evidence.extent() is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +14,23 @@ from KA2ERSegment.cli.common import BundleOption, Device, DeviceOption, JsonOpti
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from KA2ERSegment.evaluation import SessionSegmenter
+
 
 class Method(str, Enum):
     """What is evaluated."""
 
     KA2ER = "ka2er"
     GROWCUT = "growcut"
+
+
+class System(str, Enum):
+    """What can be switched off: `KA2ERSegment.plans.SYSTEMS`."""
+
+    EXPERTS = "experts"
+    GATE = "gate"
+    VOTING = "voting"
+    CALIBRATION = "calibration"
 
 
 def evaluate(
@@ -34,6 +46,7 @@ def evaluate(
         int | None,
         typer.Option("--max-objects-per-item", min=1, help="Objects of one item, chosen by a fixed seed; default all."),
     ] = None,
+    without: Annotated[list[System] | None, typer.Option("--without", help="Switch a system off; repeat.")] = None,
     min_voxels: Annotated[int, typer.Option("--min-voxels", min=1, help="Smaller objects are left out.")] = 20,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     bundle: BundleOption = None,
@@ -41,13 +54,19 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score a method under the challenge protocol: a drawn box, then five clicks in the largest error."""
+    off = [system.value for system in without or ()]
+    if off and method is Method.GROWCUT:
+        message = "there is nothing to switch off in growcut: leave out --without."
+        raise typer.BadParameter(message)
     if output is None:
-        output = Path("output") / f"evaluate-{method.value}-{'clicks' if no_box else 'box'}"
+        what = "-without-".join([method.value, *off])
+        output = Path("output") / f"evaluate-{what}-{'clicks' if no_box else 'box'}"
     with running(as_json) as run:
         with run.step("Starting"):
             from KA2ERSegment import evaluation
 
-            segmenter = _segmenter(method, bundle, device)
+            segmenter = _growcut() if method is Method.GROWCUT else _ka2er(bundle, off, device)
+            about = None if method is Method.GROWCUT else segmenter.facts()
         with run.bar("Evaluating") as on_progress:
             done = evaluation.evaluate(
                 manifest,
@@ -58,6 +77,7 @@ def evaluate(
                 max_objects_per_item=max_objects_per_item,
                 min_voxels=min_voxels,
                 resume=resume,
+                about=about,
                 on_progress=lambda count, total, _: on_progress(count, total),
             )
         run.result({"output": str(output), **done.to_json()})
@@ -68,17 +88,21 @@ def evaluate(
         run.say(f"written to {output}")
 
 
-def _segmenter(method: Method, bundle: Path | None, device: Device) -> Any:
-    if method is Method.GROWCUT:
-        from KA2ERSegment.growcut import GrowCut
+def _growcut() -> Any:
+    from KA2ERSegment.growcut import GrowCut
 
-        return GrowCut()
+    return GrowCut()
+
+
+def _ka2er(folder: Path | None, off: list[str], device: Device) -> SessionSegmenter:
     from KA2ERSegment.bundle import load_bundle
     from KA2ERSegment.evaluation import SessionSegmenter
     from KA2ERSegment.session import Session
 
-    loaded = load_bundle(bundle)
-    return SessionSegmenter(Session(loaded, device=device.value), f"ka2er {loaded.identity}")
+    bundle = load_bundle(folder)
+    bundle = replace(bundle, plans=bundle.plans.without(*off))
+    identity = f"ka2er {bundle.identity}" + (f" without {', '.join(sorted(set(off)))}" if off else "")
+    return SessionSegmenter(Session(bundle, device=device.value), identity)
 
 
 def _table_of_sources(title: str, sources: dict[str, dict[str, float | None]]) -> Table:

@@ -18,7 +18,9 @@ from typer.testing import CliRunner, Result
 
 from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.cli import app
+from KA2ERSegment.cli.evaluate import System
 from KA2ERSegment.errors import BundleError
+from KA2ERSegment.plans import SYSTEMS
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt, prompt_from_json
 from KA2ERSegment.volume import Volume
 
@@ -103,7 +105,8 @@ def _a_fake_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: py
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(bytes(2_500_000))
     expert = SimpleNamespace(name="ct", task="organs in CT", classes=("liver",))
-    bundle = FakeBundle(folder, SimpleNamespace(patch_size=64, experts=(expert,)), {"weights.safetensors": "0" * 64})
+    plans = SimpleNamespace(patch_size=64, experts=(expert,), without=lambda *systems: plans)
+    bundle = FakeBundle(folder, plans, {"weights.safetensors": "0" * 64})
 
     def load_bundle(path: Path | None = None) -> FakeBundle:
         if path is not None and not path.exists():
@@ -115,6 +118,8 @@ def _a_fake_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: py
         module = ModuleType(f"KA2ERSegment.{name}")
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, f"KA2ERSegment.{name}", module)
+    facts = {"parameters": 7, "seconds_per_patch": 0.5}
+    monkeypatch.setattr("KA2ERSegment.evaluation.SessionSegmenter.facts", lambda _: facts)
 
 
 @pytest.fixture
@@ -361,6 +366,8 @@ def test_evaluate_scores_a_manifest_and_resumes(a_manifest: Path, tmp_path: Path
     # The fake fills the box, so Dice with it alone is that of the drawn box and the object.
     assert 0.5 < summary["sources"]["group/a"]["box_dice"] <= 1.0
     assert summary["settings"]["method"] == "ka2er fake@0"
+    assert summary["about"].keys() == {"parameters", "seconds_per_patch", "seconds_per_click"}
+    assert summary["about"]["parameters"] == 7
     assert (tmp_path / "results" / "objects.csv").exists()
     again = run("evaluate", a_manifest, "--output", tmp_path / "results")
     assert again.exit_code == 1
@@ -368,6 +375,18 @@ def test_evaluate_scores_a_manifest_and_resumes(a_manifest: Path, tmp_path: Path
     assert resumed.exit_code == 0, resumed.output
     assert "group/a" in resumed.stdout
     assert "mean over sources" in resumed.stdout
+
+
+def test_evaluate_says_what_was_switched_off(a_manifest: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("--without", "gate", "--without", "experts", "--without", "gate", "--json")
+    result = run("evaluate", a_manifest, "--output", tmp_path / "results", *words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["method"] == "ka2er fake@0 without experts, gate"
+    assert run("evaluate", a_manifest, "--output", tmp_path / "results", "--resume").exit_code == 1  # another method
+    assert run("evaluate", a_manifest, "--without", "growcut").exit_code == 2
+    assert run("evaluate", a_manifest, "--method", "growcut", "--without", "gate").exit_code == 2
+    assert [system.value for system in System] == list(SYSTEMS)
 
 
 def test_evaluate_runs_grow_from_seeds_without_a_box(a_manifest: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -20,11 +21,10 @@ from KA2ERSegment.evaluation import (
     evaluate_object,
     means_per_source,
     next_click,
-    read_manifest,
-    seed_of,
     surface_dice,
 )
 from KA2ERSegment.geometry import BoolArray, Box
+from KA2ERSegment.manifests import read_manifest, seed_of
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt
 from KA2ERSegment.volume import Volume
 
@@ -402,3 +402,26 @@ def test_label_map_on_another_grid_is_refused(a_manifest: Path, tmp_path: Path) 
     nibabel.Nifti1Image(array, AFFINE @ np.diag([1, 1, 1.5, 1])).to_filename(label)
     with pytest.raises(KA2ERError, match="label map of item 'two' must lie on its image's grid"):
         evaluate([a_manifest], Thresholder(), tmp_path / "results")
+
+
+def test_results_know_the_subject_and_older_ones_without_it_are_still_read(tmp_path: Path) -> None:
+    truth = a_sphere((16, 16, 16), (8, 8, 8), 5)
+    manifest = tmp_path / "manifest.csv"
+    nibabel.Nifti1Image((100 * truth).T.astype(np.int16), AFFINE).to_filename(tmp_path / "img.nii.gz")
+    nibabel.Nifti1Image(truth.T.astype(np.uint8), AFFINE).to_filename(tmp_path / "lbl.nii.gz")
+    (tmp_path / "names.json").write_text('{"1": "ball"}')
+    head = "id,split,has_image,images,label,labels_json,source_repo,subject,modality,body_region"
+    manifest.write_text(f"{head}\na_es,val,yes,img.nii.gz,lbl.nii.gz,names.json,group/a,somebody,MR cine,heart\n")
+    (item,), _ = read_manifest(manifest, "val")
+    assert (item.subject, item.modality, item.region) == ("somebody", "MR cine", "heart")
+
+    about = {"parameters": 12.0}
+    done = evaluate([manifest], Thresholder(), tmp_path / "results", about=about)
+    assert done.results[0].subject == "somebody"
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert summary["about"] == {**about, "seconds_per_click": done.seconds_per_click}
+    assert done.seconds_per_click == done.results[0].seconds_per_click
+    rows = [row.rsplit(",", 1)[0] for row in (tmp_path / "results" / "objects.csv").read_text().splitlines()]
+    (tmp_path / "results" / "objects.csv").write_text("\n".join(rows) + "\n")
+    resumed = evaluate([manifest], Thresholder(fail_after=0), tmp_path / "results", resume=True)
+    assert resumed.results == (replace(done.results[0], subject=""),)

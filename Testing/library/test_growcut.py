@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from KA2ERSegment.errors import PromptError, SessionStateError
-from KA2ERSegment.evaluation import dice, evaluate_object, seed_of
+from KA2ERSegment.evaluation import dice, evaluate_object
 from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.growcut import GrowCut
+from KA2ERSegment.manifests import seed_of
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, ScribblePrompt
 from KA2ERSegment.volume import Volume
 
