@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from KA2ERSegment.bundle import Bundle
+from KA2ERSegment.convolution import SoundConvolution
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.sampling import ClassMap, TargetDataset
@@ -108,7 +109,8 @@ def fit(
     dataset.seed += 7919 * trainer.global_rank
     last = folder / "last.ckpt"
     loader = DataLoader(dataset, batch_size=batch)
-    trainer.fit(module, loader, ckpt_path=last if run.resume and last.exists() else None)
+    with SoundConvolution():
+        trainer.fit(module, loader, ckpt_path=last if run.resume and last.exists() else None)
     if trainer.interrupted:  # older releases of Lightning return after Ctrl-C, as if the stage were done
         raise KeyboardInterrupt
     trainer.save_checkpoint(last)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import lightning
@@ -18,6 +21,7 @@ from KA2ERSegment.training import losses, synthesis
 from KA2ERSegment.training.sampling import IGNORE
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
+logger = logging.getLogger("KA2ERSegment")
 Network = TypeVar("Network", bound=torch.nn.Module)
 
 
@@ -81,6 +85,13 @@ class Stage(lightning.LightningModule):
             group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
         return None
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave out a step whose gradient is not finite: it would make every weight so, for good."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            logger.warning("step %d is left out: its gradient is not finite", self.global_step)
+            optimizer.zero_grad(set_to_none=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the time spent, so that a resumed run ends on time too."""
         checkpoint["state_dict"]["minutes_before"] = torch.tensor(self.minutes_spent, dtype=torch.float64)
@@ -96,7 +107,9 @@ class ExpertStage(Stage):
 
     def __init__(self, plans: ExpertPlans, steps: int, minutes: float, learning_rate: float, seed: int) -> None:
         super().__init__(steps, minutes, learning_rate, seed)
-        self.network = _channels_last(build_network(plans, deep_supervision=False))
+        with seeded(seed):
+            network = build_network(plans, deep_supervision=False)
+        self.network = _channels_last(network)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step."""
@@ -133,7 +146,8 @@ class PromptableStage(Stage):
         clicks: int = 2,
     ) -> None:
         super().__init__(steps, minutes, learning_rate, seed)
-        self.model = build_model(plans)
+        with seeded(seed):
+            self.model = build_model(plans)
         for name, weights in experts.items():
             load_tensors(cast("Expert", self.model.experts[name]).encoder, weights)
         self.model = _channels_last(self.model)
@@ -171,6 +185,14 @@ class PromptableStage(Stage):
         first = torch.zeros_like(present)
         first[:, 0] = True
         return present | (nothing & first)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed, as for weights; torch's own generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _channels_last(module: Network) -> Network:
