@@ -17,7 +17,7 @@ from KA2ERSegment.geometry import Box
 from KA2ERSegment.mask_decoder import Decoded
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.plans import Plans
-from KA2ERSegment.prediction import FloatImage, PackedMask
+from KA2ERSegment.prediction import Ballots, FloatImage, PackedMask
 from KA2ERSegment.preprocessing import Patch, normalise, sample_image
 from KA2ERSegment.prompt_encoder import PatchPrompts
 from KA2ERSegment.rasterise import Evidence, mask_on_patch, patch_prompts, samples_in
@@ -47,12 +47,14 @@ class Answerer:
         self.features: OrderedDict[tuple[Patch, tuple[str, ...]], PatchFeatures] = OrderedDict()
         self._feature_bytes = feature_bytes
         self._opinions: OrderedDict[tuple[int, int], tuple[Answer, FloatImage]] = OrderedDict()
+        self._ballots: tuple[Answer, Ballots] | None = None
         self._closed = False
 
     def forget(self) -> None:
         """Free the memory of kept features and opinions."""
         self.features.clear()
         self._opinions.clear()
+        self._ballots = None
 
     def close(self) -> None:
         """Forget the features; nothing can be asked any more."""
@@ -222,9 +224,7 @@ class Answerer:
         """What a `Prediction` calls: the logits of one arm alone; the newest few are kept."""
 
         def opinion(arm: int) -> FloatImage:
-            if self._closed:
-                message = "the experts of a prediction can be asked while its volume is the session's; it was changed."
-                raise SessionStateError(message)
+            self._require_open()
             assert answer.prompts is not None, "an answer without prompts has no arms"
             key = (id(answer), arm)
             if key not in self._opinions:
@@ -238,6 +238,32 @@ class Answerer:
             return self._opinions[key][1]
 
         return opinion
+
+    def voters_of(self, answer: Answer) -> tuple[str, ...]:
+        """Names of the experts that voted on an answer; nobody where a hand drew the mask."""
+        return self.model.voters if answer.prompts is not None else ()
+
+    def ballots_of(self, answer: Answer) -> Callable[[], Ballots]:
+        """What a `Prediction` calls: what each voting expert said and counted; those asked for last are kept."""
+
+        def ballots() -> Ballots:
+            self._require_open()
+            if self._ballots is None or self._ballots[0] is not answer:
+                assert answer.prompts is not None, "nobody votes on an answer without prompts"
+                features = self._features_of(answer.patch, answer.experts)
+                with torch.inference_mode():
+                    votes = self.model.votes(features, _to(answer.prompts, self.device))
+                assert votes is not None, "only asked for where there are voters"
+                arrays = (tensor[0].float().cpu().numpy() for tensor in (votes.weights, votes.opinions))
+                self._ballots = answer, Ballots(*arrays)
+            return self._ballots[1]
+
+        return ballots
+
+    def _require_open(self) -> None:
+        if self._closed:
+            message = "the experts of a prediction can be asked while its volume is the session's; it was changed."
+            raise SessionStateError(message)
 
 
 def _samples(newest: Evidence, patch: Patch) -> list[tuple[int, int, int]]:

@@ -15,6 +15,7 @@ from KA2ERSegment.mask_decoder import MaskDecoder
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.plans import Plans
 from KA2ERSegment.prompt_encoder import PromptEncoder
+from KA2ERSegment.voting import VotingHead
 
 
 def build_model(plans: Plans, weights: dict[str, Tensor] | None = None) -> PromptableModel:
@@ -73,6 +74,7 @@ def _network(plans: Plans) -> PromptableModel:
         mask_decoder=_decoder(plans, foundation),
         specialists={name: _decoder(plans, foundation) for name in (plans.gate.specialists if plans.gate else ())},
         gate=Gate(plans.width, plans.gate) if plans.gate else None,
+        voting=None if plans.voting is None else VotingHead(plans.voting, plans.width, plans.decoder_channels[2]),
     )
 
 

@@ -18,6 +18,7 @@ from KA2ERSegment.encoders.foundation import Foundation
 from KA2ERSegment.gate import Gate, fuse, gate_query
 from KA2ERSegment.mask_decoder import Decoded, MaskDecoder
 from KA2ERSegment.prompt_encoder import PatchPrompts, PromptEncoder, dense_maps, edge_costs
+from KA2ERSegment.voting import Votes, VotingHead
 
 DecoderInputs: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor]
 """What `MaskDecoder.forward` takes: embedding, skips, tokens, which of them are padding, prompt maps."""
@@ -67,6 +68,7 @@ class PromptableModel(nn.Module):
         mask_decoder: embedding and prompts to logits; the general one where there are specialists.
         specialists: finetuned copies of it by expert name; frozen.
         gate: chooses among them; frozen. None: the general decoder alone.
+        voting: head whose experts vote on the logits; None where the bundle has none.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class PromptableModel(nn.Module):
         mask_decoder: MaskDecoder,
         specialists: dict[str, MaskDecoder] | None = None,
         gate: Gate | None = None,
+        voting: VotingHead | None = None,
     ) -> None:
         super().__init__()
         self.stem, self.foundation = stem, foundation
@@ -88,6 +91,7 @@ class PromptableModel(nn.Module):
         self.merge = merge
         self.prompt_encoder, self.mask_decoder = prompt_encoder, mask_decoder
         self.specialists, self.gate = nn.ModuleDict(specialists or {}), gate
+        self.voting = voting
         for frozen in (self.experts, self.specialists, self.gate):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -97,6 +101,11 @@ class PromptableModel(nn.Module):
     def arms(self) -> tuple[str, ...]:
         """Names of the arms of the amalgamation: the foundation alone, then each expert."""
         return ("foundation", *self.experts)
+
+    @property
+    def voters(self) -> tuple[str, ...]:
+        """Names of the experts that vote on the answer; none where there is no voting head, or it is switched off."""
+        return self.voting.names if self.voting is not None and self.voting.plans.enabled else ()
 
     def encode(self, image: Tensor, present: Tensor | None = None) -> PatchFeatures:
         """The slow part, once per patch.
@@ -135,13 +144,30 @@ class PromptableModel(nn.Module):
     def decode(self, features: PatchFeatures, prompts: PatchPrompts) -> Decoded:
         """The quick part, for every prompt: logits (B, S, S, S) and expected quality (B,).
 
-        The general decoder answers; where the gate trusts a specialist enough, that one is run too and both are fused.
+        The general decoder answers; where the gate trusts a specialist enough, that one is run too and both are fused;
+        the experts of the voting head have the last word.
         """
+        base, maps = self.decode_base(features, prompts)
+        if self.voting is None or not self.voters:
+            return base
+        with QuickConvolution():
+            return replace(base, logits=self.voting(features.embedding, base, maps))
+
+    def decode_base(self, features: PatchFeatures, prompts: PatchPrompts) -> tuple[Decoded, Tensor]:
+        """The answer before the vote, and the prompts as dense maps (B, MAPS, S, S, S)."""
         inputs = self.decoder_inputs(features, prompts)
         decoded = self.run_decoder(self.mask_decoder, inputs)
         if self.gate is not None and self.gate.plans.enabled:
             decoded = self._gated(self.gate, decoded, features, prompts, inputs)
-        return decoded
+        return decoded, inputs[-1]
+
+    def votes(self, features: PatchFeatures, prompts: PatchPrompts) -> Votes | None:
+        """What each of `voters` says and counts at each sample; None where there are none."""
+        base, maps = self.decode_base(features, prompts)
+        if self.voting is None or not self.voters:
+            return None
+        with QuickConvolution():
+            return self.voting.votes(features.embedding, base, maps)
 
     def decoder_inputs(self, features: PatchFeatures, prompts: PatchPrompts) -> DecoderInputs:
         """What all mask decoders read, made once for each prompt."""

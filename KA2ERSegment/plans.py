@@ -137,12 +137,16 @@ class GatePlans:
         _require(isinstance(self.enabled, bool), "gate.enabled", "true or false", self.enabled)
 
 
+VOTES = ("voxel", "case", "mean")
+"""How the experts of the voting head are weighed: at each voxel; alike in a whole case; all alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class VotingPlans:
     """The voting head (`voting.py`)."""
 
     semantic: tuple[str, ...] = ()
-    """Names of its semantic experts: groups of anatomy and modality."""
+    """Names of its semantic experts: groups of anatomy and modality, by the names of their tasks."""
     prototypes: int = 16
     """Learnt class prototypes of each semantic expert."""
     adaptive: int = 4
@@ -150,18 +154,25 @@ class VotingPlans:
     rank: int = 4
     """Of their low-rank maps."""
     top: int = 2
-    """Adaptive experts that are heard at one voxel."""
+    """Adaptive experts that are heard in one case."""
+    width: int = 16
+    """Channels of the voxels that vote."""
+    vote: str = "voxel"
+    """One of `VOTES`."""
     enabled: bool = True
     """Off: the decoders' answer as it is."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no head can be built from."""
-        words = isinstance(self.semantic, tuple) and all(isinstance(name, str) for name in self.semantic)
-        _require(words and len(set(self.semantic)) == len(self.semantic), "voting.semantic", "names", self.semantic)
-        for key in ("prototypes", "adaptive", "rank", "top"):
+        names = self.semantic
+        words = isinstance(names, tuple) and all(isinstance(name, str) and name.isidentifier() for name in names)
+        unique = words and len({*names, "basic"}) == len(names) + 1
+        _require(unique, "voting.semantic", "words, each once, none of them 'basic'", names)
+        for key in ("prototypes", "adaptive", "rank", "top", "width"):
             value = getattr(self, key)
             _require(_is_count(value), f"voting.{key}", "a whole number above zero", value)
         _require(self.top <= self.adaptive, "voting.top", "at most voting.adaptive", self.top)
+        _require(self.vote in VOTES, "voting.vote", f"one of {', '.join(VOTES)}", self.vote)
         _require(isinstance(self.enabled, bool), "voting.enabled", "true or false", self.enabled)
 
 

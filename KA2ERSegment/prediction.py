@@ -64,7 +64,7 @@ class PackedMask:
 
 @dataclass(frozen=True, slots=True)
 class ExpertOpinion:
-    """One arm of the amalgamation on one prediction.
+    """One arm of the amalgamation, or one expert of the voting head, on one prediction.
 
     Args:
         probability: (K, J, I) float32, what the model answers with this arm alone; 0 outside the patch.
@@ -81,29 +81,47 @@ class ExpertOpinions(Mapping[str, ExpertOpinion]):
     """Opinions by name, each computed when it is first asked for.
 
     Args:
-        prediction: they belong to; the first of its arms is the foundation alone ("no expert").
+        names: of those who have one.
+        look: computes the opinion of one of them.
     """
 
-    def __init__(self, prediction: Prediction) -> None:
-        self._prediction = prediction
+    def __init__(self, names: tuple[str, ...], look: Callable[[str], ExpertOpinion]) -> None:
+        self._names, self._look = names, look
         self._known: dict[str, ExpertOpinion] = {}
 
     def __getitem__(self, name: str) -> ExpertOpinion:
+        if name not in self._names:
+            raise KeyError(name)
         if name not in self._known:
-            box, probability, weight = self._prediction.opinion_crop(name)
-            volume = self._prediction.volume
-            mean = self._prediction.shares[name]
-            self._known[name] = ExpertOpinion(_filled(volume, box, probability), _filled(volume, box, weight), mean)
+            self._known[name] = self._look(name)
         return self._known[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._prediction.arms  # Mapping's own would compute the opinion to find out
+        return name in self._names  # Mapping's own would compute the opinion to find out
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._prediction.arms)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._prediction.arms)
+        return len(self._names)
+
+
+@dataclass(frozen=True, slots=True)
+class Ballots:
+    """What the experts of the voting head said and counted on one patch.
+
+    Args:
+        weights: (E, S, S, S) float32, summing to 1 over the experts.
+        opinions: (E, S, S, S) float32, the logits of each alone.
+    """
+
+    weights: FloatImage = field(repr=False)
+    opinions: FloatImage = field(repr=False)
+
+
+def _nobody() -> Ballots:
+    message = "nobody voted on this prediction."
+    raise LookupError(message)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +147,8 @@ class Prediction:
             heard where its weight is above the gate's threshold (SAM-Med3D-MoE, arXiv 2407.04938).
         calibration: temperature by which logits are divided before they are probabilities, of each arm by its name
             and of the whole model as "mask"; 1 where nothing is said. The mask does not depend on it.
+        voters: names of the experts of the voting head; none where there is no such head, or a hand drew the mask.
+        ballots: computes what each of them said and counted.
     """
 
     volume: Volume = field(repr=False)
@@ -144,6 +164,8 @@ class Prediction:
     gate: Mapping[str, float] = field(default_factory=dict, repr=False)
     decoders: Mapping[str, float] = field(default_factory=lambda: {"general": 1.0}, repr=False)
     calibration: Mapping[str, float] = field(default_factory=dict, repr=False)
+    voters: tuple[str, ...] = field(default=(), repr=False)
+    ballots: Callable[[], Ballots] = field(default=_nobody, repr=False)
 
     @property
     def mask(self) -> BoolArray:
@@ -210,7 +232,35 @@ class Prediction:
     @cached_property
     def experts(self) -> Mapping[str, ExpertOpinion]:
         """Each expert's opinion by name, "foundation" (no expert) first; computed when asked for."""
-        return ExpertOpinions(self)
+        return ExpertOpinions(self.arms, self._expert)
+
+    def _expert(self, name: str) -> ExpertOpinion:
+        box, probability, weight = self.opinion_crop(name)
+        return ExpertOpinion(
+            _filled(self.volume, box, probability), _filled(self.volume, box, weight), self.shares[name]
+        )
+
+    @cached_property
+    def votes(self) -> Mapping[str, ExpertOpinion]:
+        """Each voting expert's probability and weight by name (`voters`); computed when asked for."""
+        return ExpertOpinions(self.voters, self._voter)
+
+    def _voter(self, name: str) -> ExpertOpinion:
+        probability, weight = self.vote_on_patch(name)
+        mask = self._mask_on_patch
+        mean = float(weight[mask].mean() if mask.any() else weight.mean())
+        whole = [_filled(self.volume, *self._upsampled(samples)) for samples in (probability, weight)]
+        return ExpertOpinion(whole[0], whole[1], mean)
+
+    def vote_on_patch(self, voter: str) -> tuple[FloatImage, FloatImage]:
+        """One voting expert's probability and weight, both (S, S, S) on the samples of the patch.
+
+        0 where no voxel of the volume is within a step of the sample; KeyError for an unknown one.
+        """
+        if voter not in self.voters:
+            raise KeyError(voter)
+        at, read, ballots = self.voters.index(voter), self.patch.read_by(self.canonical.shape_kji), self.ballots()
+        return sigmoid(ballots.opinions[at].copy()) * read, ballots.weights[at] * read
 
     @cached_property
     def shares(self) -> dict[str, float]:

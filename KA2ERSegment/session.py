@@ -592,6 +592,8 @@ class Session:
             gate=answer.gate,
             decoders=answer.decoders,
             calibration=self.bundle.plans.calibration,
+            voters=answerer.voters_of(answer),
+            ballots=answerer.ballots_of(answer),
         )
         # negative prompts alone leave nothing to build on: the first positive one chooses its patch as if it were first
         kept = answer if own.evidence.extent() is not None else None
