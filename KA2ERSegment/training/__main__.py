@@ -1,13 +1,19 @@
 """`python -m KA2ERSegment.training --config CONFIG [--resume]`: all stages, one after the other.
 
 Data are packed first where the cache is missing. A stage that is done is not run again; a stage that was
-interrupted goes on from its last checkpoint with `--resume`. The last stage writes a bundle.
+interrupted goes on from its last checkpoint with `--resume`. The last stage writes a bundle; while it runs, the
+bundle so far is `bundle-unfinished`.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
+import math
+import shutil
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +24,11 @@ from safetensors.torch import load_file, save_file
 from KA2ERSegment.build import load_tensors, tensors_by_name
 from KA2ERSegment.bundle import Bundle, load_bundle
 from KA2ERSegment.plans import ExpertPlans, Plans
+from KA2ERSegment.training import STARTED
 from KA2ERSegment.training.card import write_bundle
+from KA2ERSegment.training.feeding import AUTO
 from KA2ERSegment.training.items import TrainingItem, pack
-from KA2ERSegment.training.run import ACCELERATORS, Run, describe, fit
+from KA2ERSegment.training.run import ACCELERATORS, Clock, Run, Unfinished, describe, fit
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, TargetDataset
 from KA2ERSegment.training.stages import ExpertStage, PromptableStage
 
@@ -37,9 +45,16 @@ def train(
     cache: Annotated[Path, typer.Option(help="Folder of packed items; made where missing.")] = Path("cache/train"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     ranks: Annotated[int, typer.Option(help="Processes (CPU) or GPUs to train on.")] = 1,
-    minutes: Annotated[float, typer.Option(help="Budget of each stage; overrides the config.")] = 0.0,
+    minutes: Annotated[
+        float, typer.Option(help="Budget of each stage, start-up included; overrides the config.")
+    ] = 0.0,
+    stop_after: Annotated[float, typer.Option(help="Minutes after which this call ends, done or not; 0: none.")] = 0.0,
+    save_every: Annotated[float, typer.Option(help="Minutes between two checkpoints.")] = 5.0,
+    compact: Annotated[bool, typer.Option(help="Small checkpoints, to be carried to another machine.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes of each rank that draw cases; -1: what fits.")] = AUTO,
 ) -> None:
     """Train the stages of a config."""
+    begun = STARTED if __name__ == "__main__" else time.monotonic()
     torch.set_float32_matmul_precision("high")
     if device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
@@ -58,13 +73,20 @@ def train(
     items = [TrainingItem.load(path) for path in sorted(cache.glob("*.npz"))]
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
     begin = _begin(start, plans)
-    run = Run(settings, plans, items, tasks, output, resume, device, ranks, minutes, begin)
+    clock = Clock(begun, begun + 60 * stop_after if stop_after else math.inf)
+    run = Run(
+        settings, plans, items, tasks, output, resume, device, ranks, minutes, begin,
+        workers, save_every, compact, clock,
+    )  # fmt: skip
     _take_over_experts(run)
-    for expert, task in zip(plans.experts, tasks, strict=True):
-        if stage in ("", expert.name) and not run.expert_weights(expert).exists():
-            _train_expert(run, expert, task)
-    if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
-        _train_promptable(run)
+    try:
+        for expert, task in zip(plans.experts, tasks, strict=True):
+            if stage in ("", expert.name) and not run.expert_weights(expert).exists():
+                _train_expert(run, expert, task)
+        if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
+            _train_promptable(run)
+    except Unfinished as stopped:
+        logger.info("the call's time is up, %s goes on with --resume", stopped)
 
 
 def _begin(folder: Path | None, plans: Plans) -> Bundle | None:
@@ -127,19 +149,28 @@ def _train_promptable(run: Run) -> None:
         module.model.mask_decoder.shrink(1 / share)
     sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
     dataset = TargetDataset(run.items, sampling, module.seed, run.tasks)
-    trainer = fit(module, dataset, run.output / "promptable", run, **fitting)
-    if trainer.is_global_zero:
-        module.model.mask_decoder.shrink(share)
-        patches = fitting["batch"] * fitting.get("accumulate", 1) * run.ranks
-        hardware = describe(trainer.strategy.root_device, run.ranks)
+    patches = fitting["batch"] * fitting.get("accumulate", 1) * run.ranks
+    unfinished = run.output / "bundle-unfinished"
+
+    def leave(folder: Path) -> None:
+        """Write a bundle of the model as it is now."""
+        hardware = describe(module.device, run.ranks)
         before = f"begun from bundle {run.start.identity}; " if run.start else ""
         about = (
             f"{before}{module.global_step} steps of {patches} patches, {module.minutes_spent:.0f} minutes on "
             f"{hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against the "
             "geodesic prior."
         )
-        tensors = tensors_by_name(module.model)
-        write_bundle(run.output / "bundle", plans, tensors, run.items, about, run.settings["share_alike"])
+        model = copy.deepcopy(module.model)
+        model.mask_decoder.shrink(share)
+        write_bundle(folder, plans, tensors_by_name(model), run.items, about, run.settings["share_alike"])
+
+    trainer = fit(
+        module, dataset, run.output / "promptable", run, **fitting, leave=functools.partial(leave, unfinished)
+    )
+    if trainer.is_global_zero:
+        leave(run.output / "bundle")
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _fitting(options: dict[str, Any]) -> dict[str, Any]:

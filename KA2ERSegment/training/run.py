@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
+import typer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.convolution import SoundConvolution
 from KA2ERSegment.plans import ExpertPlans, Plans
+from KA2ERSegment.training.feeding import Feed, Throughput, workers_for
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.sampling import ClassMap, TargetDataset
+from KA2ERSegment.training.saving import Average, CompactCheckpoints, Safeguard
 from KA2ERSegment.training.stages import Stage
 
 ACCELERATORS = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 """Lightning's word for each device."""
+
+
+LOG = "log.json"
+"""In the output folder: a line for each stage of each call, with steps, minutes, speed and what data cost."""
+
+
+class Unfinished(Exception):  # noqa: N818  # nothing failed
+    """A call's time is up before its stage is done; what it takes to go on is written."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """When the current stage began: the first one with the call itself, each other one where the one before ended."""
+
+    began: float = field(default_factory=time.monotonic)
+    stop_at: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +61,10 @@ class Run:
         ranks: processes or GPUs.
         minutes: budget of each stage; 0: the config's.
         start: bundle to begin from.
+        workers: processes of each rank that draw cases; `feeding.AUTO`: what the machine has.
+        save_every: minutes between two checkpoints.
+        compact: whether checkpoints are made small enough to be carried about.
+        clock: of the call.
     """
 
     settings: dict[str, Any]
@@ -50,6 +77,15 @@ class Run:
     ranks: int
     minutes: float
     start: Bundle | None
+    workers: int = 0
+    save_every: float = 5.0
+    compact: bool = False
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU trains."""
+        return self.device != "cpu" and torch.cuda.is_available()
 
     def budget(self, stage: str) -> dict[str, Any]:
         """A stage's steps, minutes, batch and so on: the config's, with `--minutes` before it."""
@@ -68,6 +104,7 @@ def fit(
     batch: int,
     accumulate: int = 1,
     average: float = 0.0,
+    leave: Callable[[], None] | None = None,
 ) -> lightning.Trainer:
     """Train one stage until its budget is spent.
 
@@ -79,20 +116,19 @@ def fit(
         batch: cases of one forward pass on one rank.
         accumulate: forward passes of one step of the optimizer.
         average: decay of a moving average of the weights, which is what the stage leaves; 0: the last weights.
+        leave: writes what the stage has so far; called every `run.save_every` minutes on the first rank, and where the
+            call stops before the stage is done, while the module has the weights that it would leave.
 
     Raises:
         KeyboardInterrupt: somebody stopped it; `run.resume` goes on from there.
+        Unfinished: the call's time is up; `run.resume` goes on from there.
     """
-    checkpoint = ModelCheckpoint(
-        dirpath=folder,
-        save_last=True,
-        every_n_train_steps=100,
-        save_top_k=0,
-        enable_version_counter=False,  # a second run in this folder would write last-v1.ckpt, and --resume miss it
-    )
-    callbacks: list[Callback] = [checkpoint, TQDMProgressBar(refresh_rate=10)]
-    if average:
-        callbacks.append(EMAWeightAveraging(use_buffers=False, decay=average))
+    last = folder / "last.ckpt"
+    averages = [Average(average)] if average else []
+    guard = Safeguard(last, run.save_every, leave, averages[0] if averages else None)
+    workers = workers_for(run.on_gpu, run.workers, run.ranks)
+    feed = Feed(dataset, batch, workers, run.on_gpu, lambda: (trainer.global_rank, trainer.global_step))
+    speed = Throughput(feed)
     trainer = lightning.Trainer(
         accelerator=ACCELERATORS[run.device],
         devices=run.ranks,
@@ -100,21 +136,59 @@ def fit(
         precision="bf16-mixed",
         max_steps=module.steps,
         accumulate_grad_batches=accumulate,
-        logger=TensorBoardLogger(folder, name="", version=""),
-        callbacks=callbacks,
+        logger=_logger(folder),
+        callbacks=[TQDMProgressBar(refresh_rate=10), *averages, guard, speed],
+        plugins=[CompactCheckpoints(module)] if run.compact else [],
         gradient_clip_val=1.0,
         log_every_n_steps=10,
+        enable_checkpointing=False,
         enable_model_summary=False,
     )
-    dataset.seed += 7919 * trainer.global_rank
-    last = folder / "last.ckpt"
-    loader = DataLoader(dataset, batch_size=batch)
+    module.started, module.stop_at = run.clock.began, run.clock.stop_at
     with SoundConvolution():
-        trainer.fit(module, loader, ckpt_path=last if run.resume and last.exists() else None)
+        trainer.fit(module, feed, ckpt_path=last if run.resume and last.exists() else None)
     if trainer.interrupted:  # older releases of Lightning return after Ctrl-C, as if the stage were done
         raise KeyboardInterrupt
-    trainer.save_checkpoint(last)
+    if trainer.is_global_zero:
+        if module.stopped and leave is not None:
+            leave()
+        about = {
+            "stage": folder.name,
+            "finished": not module.stopped,
+            "steps": module.global_step,
+            "minutes": round(module.minutes_spent, 2),
+            **speed.summary(run.ranks),
+            "batch": batch,
+            "accumulate": accumulate,
+            "workers": workers,
+            "ranks": run.ranks,
+            "hardware": describe(trainer.strategy.root_device, run.ranks),
+        }
+        if run.on_gpu:
+            about["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        _log(run.output / LOG, about)
+    run.clock.began = time.monotonic()
+    if module.stopped:
+        raise Unfinished(folder.name)
     return trainer
+
+
+def _log(path: Path, about: dict[str, Any]) -> None:
+    """Add one stage of one call to the log, and show it."""
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    path.write_text(json.dumps([*lines, about], indent=1) + "\n", encoding="utf-8")
+    state = "done" if about["finished"] else "stopped, go on with --resume"
+    speed = ""
+    if "patches_per_second" in about:
+        speed = f", {about['patches_per_second']:g} patches/s, {about['waiting_for_data']:.1%} of it waiting for data"
+    typer.echo(f"{about['stage']}: {state}; {about['steps']} steps, {about['minutes']:g} minutes{speed}")
+
+
+def _logger(folder: Path) -> Logger:
+    """TensorBoard's where it is installed."""
+    if find_spec("tensorboard") is not None:
+        return TensorBoardLogger(folder, name="", version="")
+    return CSVLogger(folder, name="", version="")
 
 
 def describe(device: torch.device, ranks: int) -> str:

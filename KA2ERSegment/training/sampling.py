@@ -91,9 +91,13 @@ class TargetDataset(IterableDataset[dict[str, Tensor]]):
     Args:
         items: to draw from; sources evenly, then items of a source evenly.
         options: how.
-        seed: first random state; each worker gets its own, each rank must be given its own.
+        seed: first random state.
         tasks: of the experts.
+
+    Each worker draws a stream of its own; `stream` tells ranks and resumed runs apart.
     """
+
+    stream: tuple[int, ...] = ()
 
     def __init__(
         self, items: Sequence[TrainingItem], options: SamplingOptions, seed: int, tasks: Sequence[ClassMap] = ()
@@ -114,7 +118,7 @@ class TargetDataset(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Cases without end."""
         worker = torch.utils.data.get_worker_info()
-        rng = np.random.default_rng((self.seed, worker.id if worker else 0))
+        rng = np.random.default_rng((self.seed, *self.stream, worker.id if worker else 0))
         members = list(self.sources.values())
         while True:
             choices = members[int(rng.choice(len(members), p=self.source_weights))]

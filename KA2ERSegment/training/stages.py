@@ -23,6 +23,8 @@ from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
 logger = logging.getLogger("KA2ERSegment")
 Network = TypeVar("Network", bound=torch.nn.Module)
+FOR_WRITING = 0.25
+"""Minutes of a stage's budget that are kept for writing what it leaves; less where the budget is small."""
 
 
 class Stage(lightning.LightningModule):
@@ -33,15 +35,18 @@ class Stage(lightning.LightningModule):
         minutes: at most; the learning rate falls to zero by whichever comes first.
         learning_rate: at its peak.
         seed: of the random state on the device.
-    """
 
-    minutes_before: Tensor
+    Attributes:
+        started: when this call began to work for this stage (`time.monotonic`); all it does counts as time spent.
+        stop_at: when this call must end, done or not.
+        stopped: whether it ended for that.
+    """
 
     def __init__(self, steps: int, minutes: float, learning_rate: float, seed: int) -> None:
         super().__init__()
         self.steps, self.minutes, self.learning_rate, self.seed = steps, minutes, learning_rate, seed
-        self.register_buffer("minutes_before", torch.zeros((), dtype=torch.float64))
-        self._started = time.monotonic()
+        self.started, self.stop_at, self.stopped = time.monotonic(), math.inf, False
+        self._minutes_before = 0.0
         self._generator: torch.Generator | None = None
 
     @property
@@ -55,12 +60,13 @@ class Stage(lightning.LightningModule):
     @property
     def minutes_spent(self) -> float:
         """Time of training, resumed runs included."""
-        return float(self.minutes_before) + (time.monotonic() - self._started) / 60
+        return self._minutes_before + (time.monotonic() - self.started) / 60
 
     @property
     def progress(self) -> float:
         """Share of the budget that is spent, 0..1."""
-        return min(1.0, max(self.global_step / self.steps, self.minutes_spent / self.minutes))
+        minutes = self.minutes - min(FOR_WRITING, 0.05 * self.minutes)
+        return min(1.0, max(self.global_step / self.steps, self.minutes_spent / minutes))
 
     def images(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, 2, S, S, S), normalised: real images disturbed, the others made from their labels."""
@@ -68,16 +74,14 @@ class Stage(lightning.LightningModule):
         image = torch.where(batch["real"][:, None, None, None], batch["image"], made)
         return normalise(synthesis.disturb(image, self.generator), batch["inside"])
 
-    def on_train_start(self) -> None:
-        """Start the clock."""
-        self._started = time.monotonic()
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Set the learning rate, or stop when the budget is spent."""
-        progress = self.progress
+        """Set the learning rate, or stop when the budget is spent or this call must end."""
+        progress, late = self.progress, float(time.monotonic() >= self.stop_at)
         if self.trainer.world_size > 1:  # all ranks must stop at the same step
-            progress = float(self.trainer.strategy.reduce(torch.tensor(progress, device=self.device), reduce_op="mean"))
-        if progress >= 1.0:
+            both = torch.tensor([progress, late], device=self.device)
+            progress, late = self.trainer.strategy.reduce(both, reduce_op="mean").tolist()
+        self.stopped = late > 0 and progress < 1.0
+        if progress >= 1.0 or self.stopped:
             self.trainer.should_stop = True
             return -1
         warm = min(1.0, (self.global_step + 1) / 40)
@@ -94,7 +98,11 @@ class Stage(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the time spent, so that a resumed run ends on time too."""
-        checkpoint["state_dict"]["minutes_before"] = torch.tensor(self.minutes_spent, dtype=torch.float64)
+        checkpoint["minutes_spent"] = self.minutes_spent
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._minutes_before = checkpoint["minutes_spent"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on what is not frozen."""

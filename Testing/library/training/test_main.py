@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,6 @@ import pytest
 import torch
 import typer
 from click.testing import Result
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -23,7 +25,7 @@ from KA2ERSegment.build import build_model
 from KA2ERSegment.bundle import load_bundle
 from KA2ERSegment.testing import tiny_plans
 from KA2ERSegment.training import __main__ as command
-from KA2ERSegment.training import run as training_run
+from KA2ERSegment.training.run import Clock
 from KA2ERSegment.training.stages import ExpertStage
 
 CLASSES = {"bright": "liver", "dark": "spleen"}
@@ -188,16 +190,13 @@ def test_an_interrupted_stage_goes_on_where_it_was_and_within_its_budget(
         return training_step(self, batch, batch_idx)
 
     monkeypatch.setattr(ExpertStage, "training_step", counted)
-    monkeypatch.setattr(
-        training_run, "ModelCheckpoint", lambda **given: ModelCheckpoint(**given | {"every_n_train_steps": 1})
-    )
-    go = partial(run, a_workplace, output, "--stage", "tiny_trunk")
+    go = partial(run, a_workplace, output, "--stage", "tiny_trunk", "--save-every", "0")
     config = settings(expert=settings()["expert"] | {"steps": 5})
 
     assert go(config=config).exit_code != 0
     assert steps_of(checkpoint) == 2
     assert not (output / "tiny_trunk.safetensors").exists(), "an interrupted stage is not done"
-    spent = float(torch.load(checkpoint, weights_only=False)["state_dict"]["minutes_before"])
+    spent = torch.load(checkpoint, weights_only=False)["minutes_spent"]
     assert spent > 0
 
     calls.clear()
@@ -205,15 +204,100 @@ def test_an_interrupted_stage_goes_on_where_it_was_and_within_its_budget(
     assert calls == [2, 3, 4], "two more steps, then the next interruption"
     assert steps_of(checkpoint) == 4
     saved = torch.load(checkpoint, weights_only=False)
-    assert float(saved["state_dict"]["minutes_before"]) > spent
+    assert saved["minutes_spent"] > spent
 
-    saved["state_dict"]["minutes_before"] += 100  # as after a long evening: the budget of five minutes is spent
+    saved["minutes_spent"] += 100  # as after a long evening: the budget of five minutes is spent
     torch.save(saved, checkpoint)
     calls.clear()
     assert go("--resume", config=config).exit_code == 0
     assert calls == []
     assert (output / "tiny_trunk.safetensors").exists()
     assert [path.name for path in checkpoint.parent.glob("*.ckpt")] == ["last.ckpt"]
+
+
+def test_a_call_that_must_end_leaves_what_the_next_one_needs(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path
+) -> None:
+    """Stopped before its first step, with small checkpoints and an average; then it goes on to the end."""
+    start = str(a_finished_run / "bundle")
+    config = settings(promptable=settings()["promptable"] | {"steps": 3, "average": 0.9})
+    output = tmp_path / "run"
+    go = partial(run, a_workplace, output, "--start", start, "--compact", config=config)
+
+    assert go("--stop-after", "1e-6").exit_code == 0
+    first = load_bundle(output / "bundle-unfinished").weights()
+    assert not (output / "bundle").exists(), "an unfinished stage is not done"
+    checkpoint = torch.load(output / "promptable" / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 0
+    assert all(first[name].equal(value) for name, value in load_bundle(start).weights().items()), "nothing was done yet"
+
+    result = go("--resume")
+    assert result.exit_code == 0, result.output
+    log = json.loads((output / "log.json").read_text())
+    assert [(line["finished"], line["steps"]) for line in log] == [(False, 0), (True, 3)]
+    assert log[1]["minutes"] > log[0]["minutes"] > 0
+    assert log[1]["patches_per_second"] > 0
+    assert 0 <= log[1]["waiting_for_data"] < 1
+    assert "patches/s" in result.output
+    assert not (output / "bundle-unfinished").exists()
+    last = load_bundle(output / "bundle").weights()
+    assert any(not first[name].equal(value) for name, value in last.items())
+
+
+def test_a_compact_checkpoint_goes_on_as_a_full_one_does(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path
+) -> None:
+    """The same weights to the precision of float16, the same second moments, none of what the bundle has already."""
+    config = settings(promptable=settings()["promptable"] | {"average": 0.9})
+    start = ("--start", str(a_finished_run / "bundle"))
+    found = {}
+    for name, options in (("full", []), ("compact", ["--compact"])):
+        assert run(a_workplace, tmp_path / name, *start, *options, config=config).exit_code == 0
+        assert run(a_workplace, tmp_path / name, *start, *options, "--resume", config=config).exit_code == 0
+        found[name] = load_bundle(tmp_path / name / "bundle").weights()
+    sizes = {name: (tmp_path / name / "promptable" / "last.ckpt").stat().st_size for name in found}
+    small = torch.load(tmp_path / "compact" / "promptable" / "last.ckpt", weights_only=False)
+
+    assert sizes["compact"] < sizes["full"] / 2
+    assert not any(".experts." in name for name in small["state_dict"])
+    assert {value.dtype for value in small["state_dict"].values() if value.ndim} == {torch.float16}
+    assert all("exp_avg" not in state for state in small["optimizer_states"][0]["state"].values())
+    assert all(torch.allclose(found["full"][k], v, atol=1e-3, rtol=1e-3) for k, v in found["compact"].items())
+
+
+def test_a_killed_run_leaves_a_bundle(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
+    path, output = tmp_path / "config.json", tmp_path / "run"
+    path.write_text(json.dumps(settings(promptable=settings()["promptable"] | {"steps": 10_000})))
+    command_line = [sys.executable, "-m", "KA2ERSegment.training", "--config", path, "--output", output]
+    command_line += ["--cache", a_workplace / "cache", "--start", a_finished_run / "bundle", "--device", "cpu"]
+    process = subprocess.Popen([*map(str, command_line), "--save-every", "0.01"], stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not (output / "bundle-unfinished" / "checksums.json").exists():
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < until, "no bundle was written"
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert load_bundle(output / "bundle-unfinished").weights()
+    assert steps_of(output / "promptable" / "last.ckpt") > 0
+
+
+def test_start_up_counts_as_time_spent(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that began long ago, as where loading takes minutes, has no step left to do."""
+    begun = time.monotonic() - 3600
+    monkeypatch.setattr(command, "Clock", lambda _, stop_at: Clock(begun, stop_at))
+    options = ("--start", str(a_finished_run / "bundle"), "--minutes", "10")
+
+    assert run(a_workplace, tmp_path / "run", *options).exit_code == 0
+
+    (line,) = json.loads((tmp_path / "run" / "log.json").read_text())
+    assert line["steps"] == 0
+    assert line["minutes"] >= 60
 
 
 @pytest.mark.parametrize(
