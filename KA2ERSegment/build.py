@@ -54,6 +54,7 @@ def _network(plans: Plans) -> PromptableModel:
             [expert.channels[stride] for expert in experts.values()],
             plans.width,
             plans.attention_heads,
+            plans.amalgamation,
         )
         for stride in STRIDES
     }

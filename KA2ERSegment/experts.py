@@ -83,8 +83,13 @@ def with_expert(content: Content, expert: ExpertPlans, encoder: Mapping[str, Ten
         seed: of the projections and the codes.
 
     Raises:
-        BundleError: the name is taken, or the encoder gives no features at strides 8 and 16.
+        BundleError: the name is taken, the encoder gives no features at strides 8 and 16, or the bundle's amalgamation
+            hears every expert, trained or not.
     """
+    _check_kind(content.plans, "added")
+    if not content.plans.amalgamation.no_expert:
+        message = 'an expert can be added where the amalgamation has the "no expert" arm; this bundle\'s has none.'
+        raise BundleError(message)
     names = [known.name for known in content.plans.experts]
     if expert.name in (*names, "foundation"):
         message = f"the expert's name must be new to the bundle, got {expert.name!r} beside {names}. Give another."
@@ -107,6 +112,16 @@ def with_expert(content: Content, expert: ExpertPlans, encoder: Mapping[str, Ten
             tensors[name] = torch.cat([former, row.detach()])
     licences = {**content.licences, _licence_file(expert.name): f"{expert.licence}\n"}
     return Content(plans, tensors, _card_with(content.card, expert), licences)
+
+
+def _check_kind(plans: Plans, what: str) -> None:
+    """Only KA2ER's level 3 can pass over an arm; the other kinds are there to be compared with it."""
+    if plans.amalgamation.kind != "hierarchical":
+        message = (
+            f"an expert can be {what} where the amalgamation is 'hierarchical', got {plans.amalgamation.kind!r}. "
+            "Choose another bundle, or train one."
+        )
+        raise BundleError(message)
 
 
 def arm_tensors(plans: Plans, name: str) -> dict[str, int | None]:
@@ -145,8 +160,9 @@ def without_expert(content: Content, name: str) -> Content:
     """The content without an expert.
 
     Raises:
-        BundleError: the bundle has no expert of that name.
+        BundleError: the bundle has no expert of that name, or another kind of amalgamation.
     """
+    _check_kind(content.plans, "taken out")
     names = [expert.name for expert in content.plans.experts]
     if name not in names:
         message = f"the expert must be one of the bundle's, {names}, got {name!r}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn as nn
@@ -33,7 +33,7 @@ class PatchFeatures:
         edges: (B, 3, S, S, S), geodesic lengths.
         stem: (B, C, S, S, S), full-resolution features.
         foundation: {stride: (B, C, ...)} at strides 2, 4, 8 and 16.
-        experts: for each expert {stride: (B, C, ...)} at strides 8 and 16.
+        experts: for each expert {stride: (B, C, ...)} at strides 8 and 16; empty where the plans leave experts out.
         embedding: (B, width, S/8, ...), amalgamated over the arms in `present`.
         weights: (B, K+1, S/8, ...), share of "no expert" and of each expert at stride 8.
         present: (B, K+1) bool, arms used.
@@ -107,6 +107,11 @@ class PromptableModel(nn.Module):
         """Names of the experts that vote on the answer; none where there is no voting head, or it is switched off."""
         return self.voting.names if self.voting is not None and self.voting.plans.enabled else ()
 
+    @property
+    def _asks_experts(self) -> bool:
+        """Whether any level of the amalgamation reads experts' features."""
+        return any(cast("Amalgamation", level).asks_experts for level in self.amalgamation.values())
+
     def encode(self, image: Tensor, present: Tensor | None = None) -> PatchFeatures:
         """The slow part, once per patch.
 
@@ -121,7 +126,7 @@ class PromptableModel(nn.Module):
         with QuickConvolution():
             foundation = self.foundation(zscore)
             with torch.no_grad():
-                for expert in self.experts.values():
+                for expert in self.experts.values() if self._asks_experts else ():
                     features = expert(zscore)
                     experts.append({stride: features[stride] for stride in STRIDES})
             stem = self.stem(quick_layout(image))

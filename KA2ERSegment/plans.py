@@ -107,6 +107,8 @@ class AmalgamationPlans:
         for key in ("no_expert", "enabled"):
             value = getattr(self, key)
             _require(isinstance(value, bool), f"amalgamation.{key}", "true or false", value)
+        attends = self.kind in ("hierarchical", "cross_attention")
+        _require(self.no_expert or attends, "amalgamation.no_expert", f"true with kind {self.kind!r}", self.no_expert)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from KA2ERSegment.experts import (
     without_expert,
 )
 from KA2ERSegment.model import PromptableModel
-from KA2ERSegment.plans import ExpertPlans, Plans
+from KA2ERSegment.plans import AmalgamationPlans, ExpertPlans, Plans
 from KA2ERSegment.testing import tiny_bundle, tiny_plans
 
 GROWN = {f"amalgamation.{stride}.{kind}" for stride in (8, 16) for kind in ("codes", "bias")}
@@ -278,3 +278,27 @@ def test_bundles_of_ones_own_go_to_the_users_data_folder(
     monkeypatch.setenv(variable, str(tmp_path))
 
     assert user_bundles_folder().as_posix() == expected.format(tmp_path.as_posix())
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "concatenation", "foundation"])
+def test_a_bundle_without_level_3_keeps_the_experts_that_it_has(
+    kind: str, tmp_path: Path, a_stranger: tuple[ExpertPlans, dict[str, torch.Tensor]]
+) -> None:
+    plans = replace(tiny_plans(), amalgamation=AmalgamationPlans(kind))
+    content = Content.of(tiny_bundle(tmp_path / "tiny", plans))
+
+    with pytest.raises(BundleError, match=f"'hierarchical', got '{kind}'"):
+        with_expert(content, *a_stranger)
+    with pytest.raises(BundleError, match=f"'hierarchical', got '{kind}'"):
+        without_expert(content, "tiny_trunk")
+
+
+def test_an_untrained_expert_is_not_put_where_only_experts_count(
+    tmp_path: Path, a_stranger: tuple[ExpertPlans, dict[str, torch.Tensor]]
+) -> None:
+    plans = replace(tiny_plans(), amalgamation=AmalgamationPlans(no_expert=False))
+    content = Content.of(tiny_bundle(tmp_path / "tiny", plans))
+
+    with pytest.raises(BundleError, match="no expert"):
+        with_expert(content, *a_stranger)
+    assert [expert.name for expert in without_expert(content, "tiny_trunk").plans.experts] == ["tiny_brain"]
