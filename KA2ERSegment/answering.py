@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from KA2ERSegment.cancellation import checkpoint
 from KA2ERSegment.constraints import MARGIN, keep_change_local, keep_in_box, remove_islands
@@ -18,7 +20,7 @@ from KA2ERSegment.mask_decoder import Decoded
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.plans import Plans
 from KA2ERSegment.prediction import Ballots, FloatImage, PackedMask
-from KA2ERSegment.preprocessing import Patch, normalise, sample_image
+from KA2ERSegment.preprocessing import Patch, RawPatch, image_statistics, normalise, sample_image
 from KA2ERSegment.prompt_encoder import PatchPrompts
 from KA2ERSegment.rasterise import Evidence, mask_on_patch, patch_prompts, samples_in
 from KA2ERSegment.states import ObjectState
@@ -213,12 +215,22 @@ class Answerer:
         else:
             image, inside = sample_image(self.canonical.array_kji, patch)
             checkpoint()
+            raw = self._raw(image, inside, patch).to(self.device) if self.model.reads_raw else None
             with torch.inference_mode():
-                features = self.model.encode(normalise(image[None], inside[None]).to(self.device))
+                features = self.model.encode(normalise(image[None], inside[None]).to(self.device), raw=raw)
         self.features[patch, experts] = features
         while len(self.features) > 1 and sum(kept.nbytes for kept in self.features.values()) > self._feature_bytes:
             self.features.popitem(last=False)
         return features
+
+    def _raw(self, image: Tensor, inside: Tensor, patch: Patch) -> RawPatch:
+        step = np.multiply(patch.step, self.canonical.spacing)[::-1].astype(np.float32)  # mm, KJI
+        unit = torch.ones(1, dtype=torch.bool)
+        return RawPatch(image[None], inside[None], torch.from_numpy(step)[None], self._statistics[None], unit)
+
+    @cached_property
+    def _statistics(self) -> Tensor:
+        return image_statistics(self.canonical.array_kji)
 
     def opinion_of(self, answer: Answer) -> Callable[[int], FloatImage]:
         """What a `Prediction` calls: the logits of one arm alone; the newest few are kept."""

@@ -65,13 +65,17 @@ class SessionSegmenter:
         """Number of learnt parameters, and seconds for the features of one patch of noise (the quickest of three)."""
         import torch
 
+        from KA2ERSegment.preprocessing import RawPatch
+
         model, size = self._session.model, self._session.bundle.plans.patch_size
         noise = torch.randn(1, 2, size, size, size, generator=torch.Generator().manual_seed(0)).to(self._session.device)
+        inside = torch.ones_like(noise[:, 0], dtype=torch.bool)
+        raw = RawPatch.without_unit(noise[:, 0], inside, torch.ones_like(noise[0, :1, 0, 0, :3]))  # 1 mm
         seconds = []
         with torch.inference_mode():
             for _ in range(3):
                 begin = time.perf_counter()
-                model.encode(noise).embedding.sum().item()  # a GPU is done once the number is here
+                model.encode(noise, raw=raw).embedding.sum().item()  # a GPU is done once the number is here
                 seconds.append(time.perf_counter() - begin)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {"parameters": parameters, "seconds_per_patch": min(seconds)}

@@ -215,6 +215,12 @@ def _card_with(card: str, expert: ExpertPlans) -> str:
     """One line for the expert, in a section of its own; what was measured before stays last."""
     parts = [f"{expert.task}; classes {', '.join(expert.classes)}", f"Licence: {expert.licence}"]
     parts += [f"From: {expert.origin}, SHA-256 {expert.sha256}"]
+    if expert.reads_raw:
+        spacing = " x ".join(f"{mm:.3g}" for mm in expert.spacing_kji)
+        schemes = ", ".join(channel.scheme for channel in expert.normalisation)
+        parts += [f"Reads the image at {spacing} mm (K, J, I), {schemes}"]
+    if len(expert.normalisation) > 1:
+        parts += [f"Each of its {len(expert.normalisation)} channels sees the same image"]
     parts += [expert.note or "Its arm was not trained: it does not count"]
     entry = f"- **{expert.name}**: {'. '.join(part.rstrip('.') for part in parts)}."
     head, entries, results = _parted(card)

@@ -17,6 +17,7 @@ from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
 from KA2ERSegment.gate import Gate, fuse, gate_query
 from KA2ERSegment.mask_decoder import Decoded, MaskDecoder
+from KA2ERSegment.preprocessing import RawPatch
 from KA2ERSegment.prompt_encoder import PatchPrompts, PromptEncoder, dense_maps, edge_costs
 from KA2ERSegment.voting import Votes, VotingHead
 
@@ -112,12 +113,21 @@ class PromptableModel(nn.Module):
         """Whether any level of the amalgamation reads experts' features."""
         return any(cast("Amalgamation", level).asks_experts for level in self.amalgamation.values())
 
-    def encode(self, image: Tensor, present: Tensor | None = None) -> PatchFeatures:
+    @property
+    def reads_raw(self) -> bool:
+        """Whether an expert reads the patch by plans of its own, so that `encode` needs it in its own unit."""
+        return self._asks_experts and any(cast("Expert", expert).reads_raw for expert in self.experts.values())
+
+    def encode(self, image: Tensor, present: Tensor | None = None, raw: RawPatch | None = None) -> PatchFeatures:
         """The slow part, once per patch.
 
         Args:
             image: (B, 2, S, S, S) from `preprocessing.normalise`.
             present: (B, K+1) bool, arms to use; all of them by default.
+            raw: the same patches in their own unit; needed where `reads_raw`.
+
+        Raises:
+            ValueError: `raw` is needed and was not given.
         """
         if present is None:
             present = torch.ones(len(image), len(self.arms), dtype=torch.bool, device=image.device)
@@ -127,11 +137,20 @@ class PromptableModel(nn.Module):
             foundation = self.foundation(zscore)
             with torch.no_grad():
                 for expert in self.experts.values() if self._asks_experts else ():
-                    features = expert(zscore)
-                    experts.append({stride: features[stride] for stride in STRIDES})
+                    experts.append(self._features(cast("Expert", expert), zscore, raw))
             stem = self.stem(quick_layout(image))
         embedding, weights = self.amalgamate(foundation, experts, present)
         return PatchFeatures(image, edge_costs(image), stem, foundation, experts, embedding, weights, present)
+
+    def _features(self, expert: Expert, zscore: Tensor, raw: RawPatch | None) -> dict[int, Tensor]:
+        """One expert's features at `STRIDES`."""
+        if not expert.reads_raw:
+            features = expert(zscore)
+            return {stride: features[stride] for stride in STRIDES}
+        if raw is None:
+            message = f"expert {expert.plans.name!r} reads grey values in their own unit: give encode() the raw patch."
+            raise ValueError(message)
+        return expert.read(raw, STRIDES)
 
     def amalgamate(
         self, foundation: dict[int, Tensor], experts: list[dict[int, Tensor]], present: Tensor

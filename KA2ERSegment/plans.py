@@ -46,8 +46,41 @@ class FoundationPlans:
 SYSTEMS = ("experts", "gate", "voting", "calibration")
 """What `Plans.without` can switch off."""
 
-_OPTIONAL = ("licence", "origin", "sha256", "note")
+_WORDS = ("licence", "origin", "sha256", "note")
+_OPTIONAL = (*_WORDS, "spacing_kji", "normalisation", "axes")
 """Fields of an expert that are written only where they say something: older versions read such a bundle too."""
+SCHEMES = (
+    "CTNormalization", "ZScoreNormalization", "RescaleTo01Normalization", "RGBTo01Normalization", "NoNormalization"
+)  # fmt: skip
+"""nnU-Net's normalisations of grey values, by its own names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """How an nnU-Net normalises one input channel, in the words and numbers of its plans (Isensee et al., 2021)."""
+
+    scheme: str
+    """One of `SCHEMES`."""
+    use_mask: bool = False
+    """ZScoreNormalization: mean and deviation of the voxels that are not 0, and the others stay 0."""
+    percentile_00_5: float = 0.0
+    """CTNormalization: grey values below are clipped. Unit of the images, as for the following three."""
+    percentile_99_5: float = 0.0
+    """CTNormalization: grey values above are clipped."""
+    mean: float = 0.0
+    """CTNormalization: subtracted."""
+    std: float = 1.0
+    """CTNormalization: divided by, after that."""
+
+    def __post_init__(self) -> None:
+        """Refuse schemes that nnU-Net does not have, and numbers that are none."""
+        _require(self.scheme in SCHEMES, "normalisation scheme", f"one of {', '.join(SCHEMES)}", self.scheme)
+        _require(isinstance(self.use_mask, bool), "normalisation.use_mask", "true or false", self.use_mask)
+        for key in ("percentile_00_5", "percentile_99_5", "mean", "std"):
+            _require(_is_number(getattr(self, key)), f"normalisation.{key}", "a number", getattr(self, key))
+        window = self.percentile_00_5, self.percentile_99_5
+        fits = self.scheme != "CTNormalization" or (window[0] < window[1] and self.std > 0)
+        _require(fits, "normalisation window", "from a lower to a higher grey value, std above zero", window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +105,39 @@ class ExpertPlans:
     """Of that file."""
     note: str = ""
     """How its arm was trained and what that brought."""
+    spacing_kji: tuple[float, ...] = ()
+    """Spacing that it was planned for, mm along K, J and I. Empty: it reads the patch as the bundle normalises it."""
+    normalisation: tuple[Normalisation, ...] = ()
+    """Of each input channel; the one image of a volume is read through each. Empty as `spacing_kji` is."""
+    axes: tuple[int, ...] = ()
+    """nnU-Net's `transpose_forward`: which of K, J, I is the network's first axis, and so on. Empty: in this order."""
+
+    @property
+    def reads_raw(self) -> bool:
+        """Whether it reads grey values in their own unit, at its own spacing and normalised its own way."""
+        return bool(self.spacing_kji)
 
     def __post_init__(self) -> None:
         """Refuse what is of the wrong kind; whether nnU-Net's library takes `arch_kwargs` shows when it builds."""
         plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z]\w*", self.name, re.ASCII)
         _require(bool(plain), "expert name", "a word of letters, digits and underscores", self.name)
-        for key in ("task", "network_class_name", *_OPTIONAL):
+        for key in ("task", "network_class_name", *_WORDS):
             value = getattr(self, key)
             _require(isinstance(value, str), f"expert {self.name!r}: {key}", "text", value)
         kwargs = self.arch_kwargs
         _require(isinstance(kwargs, Mapping), f"expert {self.name!r}: arch_kwargs", "a JSON object", kwargs)
         words = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
         _require(words, f"expert {self.name!r}: classes", "a list of names", self.classes)
+        spacing, channels, axes = self.spacing_kji, self.normalisation, self.axes
+        three = (
+            isinstance(spacing, tuple) and len(spacing) in (0, 3) and all(_is_number(mm) and mm > 0 for mm in spacing)
+        )
+        _require(three, f"expert {self.name!r}: spacing_kji", "three lengths in mm above zero", spacing)
+        known = isinstance(channels, tuple) and all(isinstance(channel, Normalisation) for channel in channels)
+        rule = "one scheme for each channel where there is a spacing_kji, else none"
+        _require(known and bool(channels) == bool(spacing), f"expert {self.name!r}: normalisation", rule, channels)
+        order = isinstance(axes, tuple) and (not axes or sorted(axes, key=str) == [0, 1, 2])
+        _require(order, f"expert {self.name!r}: axes", "0, 1 and 2 in some order", axes)
 
 
 AMALGAMATIONS = ("hierarchical", "cross_attention", "concatenation", "foundation")
@@ -267,7 +321,7 @@ class Plans:
         values = {key: value for key, value in data.items() if key != "format"}
         try:
             values["foundation"] = FoundationPlans(**_tuples(values.get("foundation", {})))
-            values["experts"] = tuple(ExpertPlans(**_tuples(expert)) for expert in values.get("experts", ()))
+            values["experts"] = tuple(_expert(expert) for expert in values.get("experts", ()))
             for key, kind in (("amalgamation", AmalgamationPlans), ("gate", GatePlans), ("voting", VotingPlans)):
                 if values.get(key) is not None:
                     values[key] = kind(**_tuples(values[key]))
@@ -275,6 +329,12 @@ class Plans:
         except (TypeError, AttributeError) as error:
             message = f"plans: {error}. The bundle was written by another version or by hand."
             raise BundleError(message) from error
+
+
+def _expert(data: Mapping[str, Any]) -> ExpertPlans:
+    values = _tuples(data)
+    values["normalisation"] = tuple(Normalisation(**channel) for channel in values.get("normalisation", ()))
+    return ExpertPlans(**values)
 
 
 def _require(holds: bool, field_name: str, rule: str, value: object) -> None:

@@ -6,6 +6,7 @@ patch is an axis-aligned grid in voxel index, and only its step differs from axi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,81 @@ def normalise(image: Tensor, inside: Tensor) -> Tensor:
     return torch.stack(channels)
 
 
+@dataclass(frozen=True, slots=True)
+class RawPatch:
+    """Patches with grey values in the unit of their images: what an expert with a normalisation of its own reads.
+
+    Args:
+        values: (B, S, S, S) float32, KJI.
+        inside: (B, S, S, S) bool, whether the sample lies in the volume.
+        step: (B, 3) float32, mm between neighbouring samples along K, J and I.
+        statistics: (B, 6) float32, `image_statistics` of the whole image.
+        has_unit: (B,) bool; false for an image made from labels, whose grey values mean nothing in themselves.
+    """
+
+    values: Tensor
+    inside: Tensor
+    step: Tensor
+    statistics: Tensor
+    has_unit: Tensor
+
+    @classmethod
+    def without_unit(cls, values: Tensor, inside: Tensor, step: Tensor) -> RawPatch:
+        """Images that nobody acquired, made from labels or of noise: all that is known of them is in the patch."""
+        flat = values.flatten(1)
+        own = [flat.mean(1), flat.std(1), flat.mean(1), flat.std(1), flat.amin(1), flat.amax(1)]
+        unknown = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+        return cls(values, inside, step, torch.stack(own, dim=1), unknown)
+
+    def case(self, index: int) -> RawPatch:
+        """One of the patches, B = 1."""
+        own = slice(index, index + 1)
+        return RawPatch(*(getattr(self, name)[own] for name in RawPatch.__slots__))
+
+    def to(self, device: torch.device) -> RawPatch:
+        """The same on a device."""
+        return RawPatch(*(getattr(self, name).to(device) for name in RawPatch.__slots__))
+
+
+def image_statistics(array_kji: npt.NDArray[Any]) -> Tensor:
+    """What nnU-Net's normalisations need to know of a whole image, from at most some four million of its voxels.
+
+    Args:
+        array_kji: (K, J, I) grey values.
+
+    Returns:
+        (6,) float32: mean and standard deviation in the box around what is not 0, both of the voxels that are not 0,
+        lowest and highest value in the box.
+    """
+    every = math.ceil((array_kji.size / 4e6) ** (1 / 3))
+    values = np.asarray(array_kji[::every, ::every, ::every], dtype=np.float32)
+    around = Box.around(values != 0)
+    values = values if around is None else values[around.slices]
+    tissue = values[values != 0] if around is not None else values
+    numbers = [values.mean(dtype=float), values.std(dtype=float), tissue.mean(dtype=float), tissue.std(dtype=float)]
+    return torch.tensor([*numbers, values.min(), values.max()], dtype=torch.float32)
+
+
+def resample(values: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The same region on a grid of another number of samples: linear where it gets finer, a tent filter where coarser.
+
+    Args:
+        values: (..., K, J, I); samples lie at the centres of equal parts of the region.
+        shape: of the new grid.
+
+    Returns:
+        (..., *shape).
+    """
+    for axis, size in zip((-3, -2, -1), shape, strict=True):
+        length = values.shape[axis]
+        if length != size:
+            step = length / size
+            crop, weight, _ = _axis_weights((step - 1) / 2, step, size, length)
+            part = values.movedim(axis, -1)[..., crop]
+            values = (part @ torch.from_numpy(weight).to(values).T).movedim(-1, axis)
+    return values
+
+
 def _axis_weights(
     origin: float, step: float, size: int, length: int
 ) -> tuple[slice, npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
@@ -224,4 +300,14 @@ def _linear_weights(at: npt.NDArray[np.floating[Any]], size: int) -> npt.NDArray
     return weight
 
 
-__all__ = ["Ijk", "Patch", "normalise", "sample_image", "sample_nearest", "upsample"]
+__all__ = [
+    "Ijk",
+    "Patch",
+    "RawPatch",
+    "image_statistics",
+    "normalise",
+    "resample",
+    "sample_image",
+    "sample_nearest",
+    "upsample",
+]

@@ -75,7 +75,7 @@ def expert_add(
         arm = None
         if dataset is not None:
             where = str(find_device(device.value))
-            arm = train_arm(content, found.plans.name, dataset, found.spacing, minutes, progress, device=where)
+            arm = train_arm(content, found.plans.name, dataset, minutes, progress, device=where)
             content = with_arm(content, found.plans.name, arm.tensors, arm.note)
         progress("writing the bundle", 1.0)
         written = content.save(target, force)

@@ -7,14 +7,17 @@ The network is built from the words of nnU-Net's own plans by nnU-Net's own libr
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
+from KA2ERSegment.encoders.reading import network_input, on_patch
 from KA2ERSegment.errors import BundleError
 from KA2ERSegment.plans import ExpertPlans
+from KA2ERSegment.preprocessing import RawPatch
 
 _NAMED_IN_PLANS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 """The arguments that nnU-Net writes as dotted names (`_kw_requires_import` in its plans)."""
@@ -43,10 +46,11 @@ class Expert(nn.Module):
         super().__init__()
         network = build_network(plans, deep_supervision=False)
         encoder = getattr(network, "encoder", None)
-        strides, channels = _strides(plans.arch_kwargs), plans.arch_kwargs["features_per_stage"]
+        strides, channels = stage_strides(plans.arch_kwargs), plans.arch_kwargs["features_per_stage"]
         if not isinstance(encoder, nn.Module) or not isinstance(channels, (list, tuple)):
             message = f"expert {plans.name!r}: its plans must name a U-Net with a list of features_per_stage."
             raise BundleError(message)
+        self.plans = plans
         self.encoder = encoder
         self.strides = strides
         self.channels = {max(stride): count for stride, count in zip(strides, channels, strict=True)}
@@ -63,9 +67,52 @@ class Expert(nn.Module):
         """
         return {max(stride): _evened(f, stride) for stride, f in zip(self.strides, self.encoder(image), strict=True)}
 
+    @property
+    def reads_raw(self) -> bool:
+        """Whether it reads grey values in their own unit (`read`) instead of the bundle's z-score (`forward`)."""
+        return self.plans.reads_raw
 
-def build_network(plans: ExpertPlans, deep_supervision: bool) -> nn.Module:
+    def read(self, raw: RawPatch, strides: Sequence[int]) -> dict[int, Tensor]:
+        """Features of patches that are read by the expert's own plans: normalisation, spacing and order of axes.
+
+        Args:
+            raw: (B, S, S, S) grey values.
+            strides: of the patch, for which features are wanted.
+
+        Returns:
+            {stride: (B, C, S/stride, ...)} on the patch's own grid (KJI), whatever grid the expert read it on.
+        """
+        return features_on_patch(self.encoder, self.strides, self.plans, raw, strides)
+
+
+def features_on_patch(
+    encoder: nn.Module,
+    stages: Sequence[tuple[int, int, int]],
+    plans: ExpertPlans,
+    raw: RawPatch,
+    strides: Sequence[int],
+) -> dict[int, Tensor]:
+    """Features of an nnU-Net's encoder at strides of the patch; `Expert.read` for any number of stages.
+
+    Of several stages of one stride the last counts.
+    """
+    last = {max(stride): stage for stage, stride in enumerate(stages)}
+    size = raw.values.shape[-1]
+    found: dict[int, list[Tensor]] = {stride: [] for stride in strides}
+    for case in range(len(raw.values)):  # each has a grid of its own
+        maps = encoder(network_input(plans, raw.case(case), stages[-1]))
+        for stride in strides:
+            found[stride].append(on_patch(maps[last[stride]], plans, size // stride))
+    return {stride: torch.cat(cases) for stride, cases in found.items()}
+
+
+def build_network(plans: ExpertPlans, deep_supervision: bool, outputs: int = 0) -> nn.Module:
     """The whole U-Net of an expert, as nnU-Net builds it for its training.
+
+    Args:
+        plans: with one normalisation for each input channel; none is one channel.
+        deep_supervision: outputs at several strides, as for training.
+        outputs: of the network; by default one for each class and one for the background.
 
     Raises:
         BundleError: a class outside torch and nnU-Net's own library, or arguments that it refuses.
@@ -77,7 +124,10 @@ def build_network(plans: ExpertPlans, deep_supervision: bool) -> nn.Module:
     network_class = _locate(plans.network_class_name, plans.name)
     try:
         network = network_class(
-            input_channels=1, num_classes=len(plans.classes) + 1, deep_supervision=deep_supervision, **arguments
+            input_channels=max(1, len(plans.normalisation)),
+            num_classes=outputs or len(plans.classes) + 1,
+            deep_supervision=deep_supervision,
+            **arguments,
         )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         message = f"expert {plans.name!r}: nnU-Net's library refuses its plans: {error}"
@@ -104,7 +154,7 @@ def _evened(features: Tensor, stride: tuple[int, ...]) -> Tensor:
     return nn.functional.avg_pool3d(features, [max(stride) // n for n in stride])
 
 
-def _strides(arch_kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+def stage_strides(arch_kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """Stride of each stage's features against the input along K, J, I; nnU-Net may write one number or one per axis."""
     total, strides = (1, 1, 1), []
     stages = arch_kwargs["strides"]

@@ -1,39 +1,38 @@
-"""Read a results folder of nnU-Net v2 (Isensee et al., 2021): its encoder becomes an expert.
+"""Somebody's nnU-Net v2 (Isensee et al., 2021): a whole network that says its own classes, or an expert for a bundle.
 
-A results folder is what nnU-Net's training writes, `nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION`, with
-`plans.json`, `dataset.json` and a `fold_N` for each fold. Nothing of it is executed: checkpoints are read with
-`weights_only`, and the network is built from the plans' words by nnU-Net's own library.
-
-Supported: 3D configurations of one input channel, plain and residual encoders of any number of stages that reach
-stride 16, isotropic or not. Stages beyond stride 16 are left out: nothing reads them.
+Supported: 3D configurations, plain and residual encoders of any number of stages, isotropic or not, classes or regions,
+several input channels (each sees the one image of a volume). nnU-Net itself need not be installed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import pickle
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn as nn
+from scipy import ndimage
 from torch import Tensor
 
-from KA2ERSegment.bundle import read_json_object
-from KA2ERSegment.encoders.expert import Expert
-from KA2ERSegment.errors import BundleError
+from KA2ERSegment.encoders.expert import Expert, build_network, features_on_patch, stage_strides
+from KA2ERSegment.encoders.nnunet_results import Results
+from KA2ERSegment.encoders.reading import network_input, normalised, on_patch
+from KA2ERSegment.errors import BundleError, VolumeError
+from KA2ERSegment.geometry import Box
 from KA2ERSegment.plans import ExpertPlans
+from KA2ERSegment.preprocessing import RawPatch, image_statistics
 
 NEEDED = (8, 16)
-"""Strides whose features a bundle reads; stages beyond the last are left out."""
-SPACING_MM = (0.01, 50.0)
-"""Spacings outside this range are mistakes, or no medical images."""
-_LIBRARY = "dynamic_network_architectures.architectures.unet."
+"""Strides whose features a bundle reads; stages beyond the last are left out of an expert."""
+MAX_SPACING_RATIO = 20.0
+"""Between a volume's spacing and that of the plans: beyond it one of the two is a mistake."""
 _PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
+_ANISOTROPIC = 3.0
+"""nnU-Net resamples slices one by one where they are more than this many times thicker than their pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,275 +42,196 @@ class FoundExpert:
     Args:
         plans: as the bundle keeps them.
         tensors: of the encoder, by name, float32.
-        spacing: that the nnU-Net was planned for, mm (K, J, I) in its own order of axes.
-        normalisation: nnU-Net's word for it.
     """
 
     plans: ExpertPlans
     tensors: dict[str, Tensor]
-    spacing: tuple[float, float, float]
-    normalisation: str
 
 
 def read_results(
     folder: Path, name: str = "", fold: str = "", task: str = "", licence: str = "not stated"
 ) -> FoundExpert:
-    """The encoder in a results folder.
-
-    Args:
-        folder: with `plans.json`, `dataset.json` and folds.
-        name: of the expert; made from the data set's name where it is left out.
-        fold: "0" to "4", or "all"; by default "all" where it is there, else the lowest.
-        task: what it was trained for, in words; the data set's name by default.
-        licence: of the weights, in words.
+    """The encoder in a results folder, up to stride 16; arguments and errors are those of `Results.read`.
 
     Raises:
-        BundleError: the folder is none of nnU-Net v2, or its network does not fit; the message says what to do.
+        BundleError: also where the network ends before stride 16.
     """
-    folder = Path(folder)
-    plans, dataset = _documents(folder)
-    checkpoint_file = _checkpoint_file(folder, fold)
-    checkpoint = _checkpoint(checkpoint_file)
-    configuration = _configuration_name(folder, checkpoint)
-    settings = _settings(plans, configuration, folder)
-    channels = dataset.get("channel_names", dataset.get("modality"))
-    _check(
-        isinstance(channels, Mapping) and len(channels) == 1,
-        folder,
-        "must be of a network with one input channel",
-        f"{len(channels) if isinstance(channels, Mapping) else 'none named'} in dataset.json",
-        "Train one on one of the channels.",
-    )
-    spacing = _spacing(settings, folder)
-    classes, outputs = _classes(dataset, folder)
-    dataset_name = str(plans.get("dataset_name", folder.parent.name))
-    expert = ExpertPlans(
-        name=name or _name_from(dataset_name),
-        task=task or f"{_words(dataset_name)}: {', '.join(classes)}",
-        classes=classes,
-        licence=licence,
-        origin=f"{dataset_name}, {folder.name}, {checkpoint_file.parent.name}, {checkpoint_file.name}",
-        sha256=_sha256(checkpoint_file),
-        **_architecture(settings, folder),
-    )
-    weights = _network_weights(checkpoint, checkpoint_file)
-    _check_outputs(weights, outputs, checkpoint_file)
-    schemes = settings.get("normalization_schemes") or [""]
-    return FoundExpert(expert, _encoder_tensors(expert, weights, checkpoint_file), spacing, str(schemes[0]))
-
-
-def _documents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`plans.json` and `dataset.json`; says what else the folder may be."""
-    if not folder.is_dir():
-        message = f"an nnU-Net results folder must be a folder, got {str(folder)!r}. Give the folder of one training."
+    results = Results.read(folder, name, fold, task, licence)
+    plans = replace(results.plans, arch_kwargs=_cut(results.plans.arch_kwargs))
+    built = Expert(plans)
+    if not built.channels.keys() >= set(NEEDED):
+        message = (
+            f"the network of {str(results.file)!r} must have stages of strides {NEEDED}, it has "
+            f"{list(built.channels)}. Train one with larger patches: nnU-Net then plans more stages."
+        )
         raise BundleError(message)
-    if not (folder / "plans.json").is_file():
-        if (folder / "plans.pkl").exists() or any(folder.glob("*/*.model.pkl")) or any(folder.glob("*.model.pkl")):
+    return FoundExpert(plans, _tensors(built.encoder, results, "encoder."))
+
+
+class NnUNet(nn.Module):
+    """A whole nnU-Net with its own preprocessing, frozen: a teacher, and what its lab would see.
+
+    Built by nnU-Net's library (`dynamic_network_architectures`) from its own plans.
+
+    Args:
+        results: of its training.
+    """
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self.plans, self.outputs, self.regions = results.plans, results.outputs, results.regions
+        self.patch_size = results.patch_size
+        self.strides = stage_strides(results.plans.arch_kwargs)
+        self.network = build_network(results.plans, deep_supervision=False, outputs=len(results.outputs))
+        own = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in _tensors(self.network, results).items():
+                own[name].copy_(tensor)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: Path, fold: str = "") -> NnUNet:
+        """From a results folder, on the CPU (`.to(device)` moves it).
+
+        Args:
+            folder: TRAINER__PLANS__CONFIGURATION, with `plans.json`, `dataset.json` and folds.
+            fold: "0" to "4", or "all"; by default "all" where it is there, else the lowest.
+
+        Raises:
+            BundleError: the folder is none of nnU-Net v2, or its network does not fit; the message says what to do.
+        """
+        return cls(Results.read(folder, fold=fold))
+
+    @torch.no_grad()
+    def features(self, raw: RawPatch, strides: Sequence[int] = NEEDED) -> dict[int, Tensor]:
+        """Features of its encoder on patches, normalised and resampled as its plans say.
+
+        Args:
+            raw: (B, S, S, S) grey values, on the network's device.
+            strides: of the patch; the encoder must have a stage of each.
+
+        Returns:
+            {stride: (B, C, S/stride, ...)} float32 on the patch's own grid, KJI.
+        """
+        encoder: Any = self.network.encoder
+        return features_on_patch(encoder, self.strides, self.plans, raw, strides)
+
+    @torch.no_grad()
+    def patch_probabilities(self, raw: RawPatch) -> Tensor:
+        """What it says of patches, in one pass each, for knowledge distillation.
+
+        Args:
+            raw: (B, S, S, S) grey values, on the network's device. Each patch is read at the spacing of the plans, to
+                the nearest number of samples that the network can halve, and at most 96 along an axis.
+
+        Returns:
+            (B, len(outputs), S, S, S) float32 on the patch's own grid, KJI: softmax over `outputs`, a sigmoid for each
+            where they are regions.
+        """
+        cases = []
+        for case in range(len(raw.values)):
+            logits = self.network(network_input(self.plans, raw.case(case), self.strides[-1]))
+            cases.append(self._activated(on_patch(logits, self.plans, raw.values.shape[-1])))
+        return torch.cat(cases)
+
+    @torch.no_grad()
+    def probabilities(self, image_kji: npt.ArrayLike, spacing_kji: Sequence[float]) -> npt.NDArray[np.float32]:
+        """What it says of a whole volume, or of any part of one, as nnU-Net's own inference does without mirroring.
+
+        Cropped to what is not 0, normalised, resampled to the plans' spacing, seen through sliding windows of the
+        plans' patch size that overlap by half, resampled back.
+
+        Args:
+            image_kji: (K, J, I) grey values in the unit it was trained on; axes S, A, R where it was trained so.
+            spacing_kji: mm along K, J and I (`Volume.spacing` is I, J, K).
+
+        Returns:
+            (len(outputs), K, J, I) float32: softmax over `outputs`, a sigmoid for each where they are regions.
+
+        Raises:
+            VolumeError: no 3D image, nothing but 0, or a spacing twenty times that of the plans or less than a 20th.
+        """
+        image = np.asarray(image_kji, dtype=np.float32)
+        self._check(image, spacing_kji)
+        axes = self.plans.axes or (0, 1, 2)
+        image = image.transpose(axes)
+        spacing, wanted = ([mm[axis] for axis in axes] for mm in (spacing_kji, self.plans.spacing_kji))
+        around = Box.around(ndimage.binary_fill_holes(image != 0))
+        assert around is not None, "checked"
+        crop = image[around.slices]
+        device = next(self.network.parameters()).device
+        whole = RawPatch(
+            values=torch.from_numpy(crop.copy())[None],
+            inside=torch.ones(1, *crop.shape, dtype=torch.bool),
+            step=torch.tensor([spacing]),
+            statistics=image_statistics(crop)[None],
+            has_unit=torch.ones(1, dtype=torch.bool),
+        )
+        channels = np.stack([normalised(whole, channel)[0].numpy() for channel in self.plans.normalisation])
+        shape = [max(1, round(n * a / b)) for n, a, b in zip(crop.shape, spacing, wanted, strict=True)]
+        low, high = (limit(axis=(1, 2, 3), keepdims=True) for limit in (channels.min, channels.max))
+        data = np.clip(_zoomed(channels, shape, spacing, wanted, 3), low, high)  # splines overshoot
+        logits = self._through_windows(torch.from_numpy(data)[None].to(device))[0].cpu().numpy()
+        found = self._activated(torch.from_numpy(_zoomed(logits, crop.shape, wanted, spacing, 1))[None])[0].numpy()
+        probabilities = np.zeros((len(self.outputs), *image.shape), dtype=np.float32)
+        if not self.regions:
+            probabilities[0] = 1
+        probabilities[(slice(None), *around.slices)] = found
+        return probabilities.transpose(0, *(axes.index(axis) + 1 for axis in range(3)))
+
+    def _check(self, image: npt.NDArray[np.float32], spacing: Sequence[float]) -> None:
+        """What a volume must be to be seen by this network."""
+        if image.ndim != 3 or not np.isfinite(image).all() or not image.any():
+            message = f"nnU-Net {self.plans.name!r} needs a 3D image (K, J, I) of numbers that are not all 0."
+            raise VolumeError(message)
+        ratios = [mm / own for mm, own in zip(spacing, self.plans.spacing_kji, strict=True)]
+        if not all(1 / MAX_SPACING_RATIO < ratio < MAX_SPACING_RATIO for ratio in ratios):
+            own, given = (" x ".join(f"{mm:g}" for mm in three) for three in (self.plans.spacing_kji, spacing))
             message = (
-                f"{str(folder)!r} must be of nnU-Net v2, got one of nnU-Net v1 (plans.pkl). "
-                "Train it again with nnU-Net v2: checkpoints of v1 have another form."
+                f"a volume for nnU-Net {self.plans.name!r} must have about the spacing that it was planned for, "
+                f"{own} mm (K, J, I), got {given} mm. Resample it, or look into its header."
             )
-            raise BundleError(message)
-        inner = sorted(path.parent.name for path in folder.glob("*/plans.json"))
-        hint = f"Give one of {inner}." if inner else "Give the folder TRAINER__PLANS__CONFIGURATION in nnUNet_results."
-        message = f"an nnU-Net results folder must have a plans.json, {str(folder)!r} has none. {hint}"
-        raise BundleError(message)
-    plans, dataset = (
-        read_json_object(folder / name, f"nnU-Net's {str(folder / name)!r}") for name in ("plans.json", "dataset.json")
-    )
-    return plans, dataset
+            raise VolumeError(message)
 
+    def _through_windows(self, data: Tensor) -> Tensor:
+        from monai.inferers.utils import sliding_window_inference
 
-def _checkpoint_file(folder: Path, fold: str) -> Path:
-    """The final checkpoint of a fold, the best one where training was cut short."""
-    folds = sorted(path.name[5:] for path in folder.glob("fold_*") if path.is_dir())
-    wanted = fold or ("all" if "all" in folds else folds[0] if folds else "0")
-    if wanted not in folds:
-        message = f"fold {wanted!r} must be in {str(folder)!r}, which has {folds or 'no folds'}. Name one of them."
-        raise BundleError(message)
-    for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
-        path = folder / f"fold_{wanted}" / name
-        if path.is_file():
-            return path
-    message = (
-        f"{str(folder / f'fold_{wanted}')!r} must hold checkpoint_final.pth or checkpoint_best.pth, it has neither. "
-        "Finish its training, or name another fold."
-    )
-    raise BundleError(message)
-
-
-def _checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint's content; a pickle that wants to run code is refused by torch."""
-    try:
-        with torch.serialization.safe_globals(cast("Any", _numpy_numbers())):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except AttributeError as error:  # before 2.6 torch could not be told what else is plain
-        message = (
-            f"reading a checkpoint of nnU-Net safely needs torch 2.6 or newer, got {torch.__version__}. Update it."
+        logits: Any = sliding_window_inference(
+            data, self.patch_size, 1, self.network, overlap=0.5, mode="gaussian", sigma_scale=1 / 8
         )
-        raise BundleError(message) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        message = (
-            f"{str(path)!r} must be a checkpoint as nnU-Net v2 writes it, plain tensors and numbers. It is damaged or "
-            f"holds something else ({type(error).__name__}: {reason[0] if reason else ''}). Nothing of it was run."
-        )
-        raise BundleError(message) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
-        message = f"{str(path)!r} must be a checkpoint of nnU-Net v2 with 'network_weights', it has none."
-        raise BundleError(message)
-    return checkpoint
+        found: Tensor = logits
+        return found
+
+    def _activated(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self.regions else logits.softmax(dim=1)
 
 
-def _numpy_numbers() -> list[Any]:
-    """What nnU-Net's log of losses is made of: numpy's numbers, under both names that numpy has given their maker."""
-    make = np.float32(0).__reduce__()[0]
-    kinds = {type(np.dtype(code)) for code in ("?", "i4", "i8", "u1", "f2", "f4", "f8")}
-    return [(make, "numpy.core.multiarray.scalar"), (make, "numpy._core.multiarray.scalar"), np.dtype, *kinds]
+def _zoomed(
+    channels: npt.NDArray[np.float32], shape: Sequence[int], before: Sequence[float], after: Sequence[float], order: int
+) -> npt.NDArray[np.float32]:
+    """Channels (C, ...) on a grid of another shape as nnU-Net resamples: thick slices one by one, the nearest slice."""
+    thick = None
+    for spacing in (before, after):
+        longest = [axis for axis in range(3) if spacing[axis] == max(spacing)]
+        if thick is None and max(spacing) / min(spacing) > _ANISOTROPIC and len(longest) == 1:
+            thick = longest[0]
+    factors = [new / old for new, old in zip(shape, channels.shape[1:], strict=True)]
+    within = [1.0 if axis == thick else factor for axis, factor in enumerate(factors)]
+    across = [factor if axis == thick else 1.0 for axis, factor in enumerate(factors)]
+    zoomed = channels
+    for factor, degree in ((within, order), (across, 0)):
+        if factor != [1.0, 1.0, 1.0]:
+            zoomed = np.stack([ndimage.zoom(c, factor, order=degree, mode="nearest", grid_mode=True) for c in zoomed])
+    return zoomed
 
 
-def _configuration_name(folder: Path, checkpoint: dict[str, Any]) -> str:
-    """As the checkpoint says; folders may have been renamed."""
-    arguments = checkpoint.get("init_args")
-    name = arguments.get("configuration") if isinstance(arguments, dict) else None
-    return str(name or folder.name.split("__")[-1])
-
-
-def _settings(plans: dict[str, Any], configuration: str, folder: Path) -> dict[str, Any]:
-    """A configuration with what it inherits; only 3D ones without a stage before them."""
-    configurations = plans.get("configurations")
-    _check(
-        isinstance(configurations, dict),
-        folder,
-        "must have plans of nnU-Net v2 with 'configurations'",
-        sorted(plans)[:5],
-        "Plan and train again with nnU-Net v2.",
-    )
-    settings: dict[str, Any] = {}
-    name: Any = configuration
-    for _ in range(8):  # nnU-Net's own plans inherit once; a ring must end too
-        one = cast("dict[str, Any]", configurations).get(name)
-        if not isinstance(one, dict):
-            known = sorted(cast("dict[str, Any]", configurations))
-            message = f"plans.json in {str(folder)!r} must have configuration {name!r}, it has {known}."
-            raise BundleError(message)
-        settings = {**one, **settings}
-        name = one.get("inherits_from")
-        if name is None:
-            break
-    patch = settings.get("patch_size")
-    _check(
-        isinstance(patch, list) and len(patch) == 3,
-        folder,
-        "must be of a 3D configuration",
-        f"{configuration!r} with patches of {patch}",
-        "Train 3d_fullres or 3d_lowres.",
-    )
-    _check(
-        settings.get("previous_stage") is None,
-        folder,
-        "must be of a network that sees the image alone",
-        f"{configuration!r}, the second stage of a cascade",
-        "Give its 3d_lowres, or train 3d_fullres.",
-    )
-    return settings
-
-
-def _spacing(settings: dict[str, Any], folder: Path) -> tuple[float, float, float]:
-    spacing = settings.get("spacing")
-    plain = isinstance(spacing, list) and len(spacing) == 3 and all(isinstance(mm, (int, float)) for mm in spacing)
-    low, high = SPACING_MM
-    _check(
-        plain and all(math.isfinite(mm) and low <= mm <= high for mm in cast("list[float]", spacing)),
-        folder,
-        f"must have plans with a spacing of {low} to {high} mm along three axes",
-        spacing,
-        "Look into the headers of the images it was trained on.",
-    )
-    k, j, i = cast("list[float]", spacing)
-    return float(k), float(j), float(i)
-
-
-def _classes(dataset: dict[str, Any], folder: Path) -> tuple[tuple[str, ...], int]:
-    """Names of the classes without background, and how many outputs nnU-Net gives the network for them."""
-    labels = dataset.get("labels")
-    _check(
-        isinstance(labels, dict) and all(isinstance(name, str) for name in labels),
-        folder,
-        "must have a dataset.json with 'labels' from name to value",
-        type(labels).__name__,
-        "Repair it as nnU-Net v2 describes.",
-    )
-    named = {n: value for n, value in cast("dict[str, Any]", labels).items() if n not in ("background", "ignore")}
-    regions = any(isinstance(value, list) and len(value) > 1 for value in named.values())
-    _check(
-        bool(named) and all(isinstance(value, (int, list)) for value in named.values()),
-        folder,
-        "must have a dataset.json that names at least one class, 'labels' from name to value",
-        labels,
-        "Repair it as nnU-Net v2 describes.",
-    )
-    return tuple(named), len(named) + (0 if regions else 1)
-
-
-def _architecture(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Class and arguments of the network, cut off after stride 16."""
-    architecture = settings.get("architecture")
-    if architecture is None:
-        architecture = _former_architecture(settings, folder)
-    network, kwargs = architecture.get("network_class_name"), architecture.get("arch_kwargs")
-    _check(
-        isinstance(network, str) and isinstance(kwargs, dict) and isinstance(kwargs.get("strides"), list),
-        folder,
-        "must have plans whose architecture is a U-Net",
-        network,
-        "Networks of other trainers are not supported.",
-    )
-    return {"network_class_name": network, "arch_kwargs": _cut(cast("dict[str, Any]", kwargs))}
-
-
-def _former_architecture(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """As plans before nnU-Net 2.4 described it."""
-    name = settings.get("UNet_class_name")
-    _check(
-        name in ("PlainConvUNet", "ResidualEncoderUNet"),
-        folder,
-        "must have plans whose architecture is PlainConvUNet or ResidualEncoderUNet",
-        name,
-        "Networks of other trainers are not supported.",
-    )
-    try:
-        counts = list(settings["n_conv_per_stage_encoder"])
-        base, most = int(settings["UNet_base_num_features"]), int(settings["unet_max_num_features"])
-        kwargs = {
-            "n_stages": len(counts),
-            "features_per_stage": [min(base * 2**stage, most) for stage in range(len(counts))],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": settings["conv_kernel_sizes"],
-            "strides": settings["pool_op_kernel_sizes"],
-            "n_conv_per_stage" if name == "PlainConvUNet" else "n_blocks_per_stage": counts,
-            "n_conv_per_stage_decoder": list(settings["n_conv_per_stage_decoder"]),
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        message = f"plans.json in {str(folder)!r} must describe its network, got no usable {error}. Plan it again."
-        raise BundleError(message) from error
-    return {"network_class_name": f"{_LIBRARY}{name}", "arch_kwargs": kwargs}
-
-
-def _cut(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _cut(kwargs: Any) -> dict[str, Any]:
     """The arguments of the same encoder without the stages beyond stride 16."""
     total, keep = [1, 1, 1], 0
     for stage, stride in enumerate(kwargs["strides"]):
         steps = stride if isinstance(stride, list) else [stride] * 3
         if len(steps) != 3 or not all(isinstance(step, int) for step in steps):
-            return kwargs  # the network's own builder says what is wrong
+            return dict(kwargs)  # the network's own builder says what is wrong
         total = [a * b for a, b in zip(total, steps, strict=True)]
         if max(total) <= NEEDED[-1]:
             keep = stage + 1
@@ -324,73 +244,21 @@ def _cut(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**cut, "n_stages": keep}
 
 
-def _network_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """By name; prefixes of training on several GPUs and of compiled networks are taken off."""
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", n): t for n, t in checkpoint["network_weights"].items()}
-    if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        message = f"{str(path)!r}: 'network_weights' must be tensors by name. Get the checkpoint again."
-        raise BundleError(message)
-    return weights
-
-
-def _check_outputs(weights: dict[str, Tensor], outputs: int, path: Path) -> None:
-    """Whether dataset.json is the one the network was trained with."""
-    heads = {len(tensor) for name, tensor in weights.items() if re.fullmatch(r"decoder\.seg_layers\.\d+\.weight", name)}
-    if heads != {outputs}:
-        message = (
-            f"{str(path)!r} must have as many outputs as dataset.json has classes, {outputs} with background, "
-            f"got {sorted(heads) or 'none'}. Put the dataset.json of its training beside plans.json."
-        )
-        raise BundleError(message)
-
-
-def _encoder_tensors(expert: ExpertPlans, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The encoder's tensors under the names that a bundle stores."""
-    built = Expert(expert)
-    if not built.channels.keys() >= set(NEEDED):
-        message = (
-            f"the network of {str(path)!r} must have stages of strides {NEEDED}, it has {list(built.channels)}. "
-            "Train one with larger patches: nnU-Net then plans more stages."
-        )
-        raise BundleError(message)
-    encoder = built.encoder
-    floating = {name: b for name, b in encoder.named_buffers() if b.is_floating_point()}
+def _tensors(module: nn.Module, results: Results, prefix: str = "") -> dict[str, Tensor]:
+    """A module's tensors from the checkpoint, float32, by the module's own names; `prefix`: where it lies there."""
+    floating = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     tensors = {}
-    for name, expected in {**dict(encoder.named_parameters()), **floating}.items():
-        found = weights.get(f"encoder.{name}")
+    for name, expected in {**dict(module.named_parameters()), **floating}.items():
+        found = results.weights.get(f"{prefix}{name}")
         if found is None or found.shape != expected.shape:
             got = "none" if found is None else tuple(found.shape)
             message = (
-                f"{str(path)!r} must hold the network of plans.json: encoder.{name} must have shape "
+                f"{str(results.file)!r} must hold the network of plans.json: {prefix}{name} must have shape "
                 f"{tuple(expected.shape)}, got {got}. Plans and checkpoint are of two trainings."
             )
             raise BundleError(message)
         if not bool(found.isfinite().all()):
-            message = f"{str(path)!r}: encoder.{name} must be finite. The training failed; name another fold."
+            message = f"{str(results.file)!r}: {prefix}{name} must be finite. The training failed; name another fold."
             raise BundleError(message)
         tensors[name] = found.detach().float()
     return tensors
-
-
-def _name_from(dataset: str) -> str:
-    """An expert's name from a data set's: Dataset017_BTCV_all becomes btcv_all."""
-    words = re.sub(r"\W+", "_", re.sub(r"^(Dataset|Task)\d+_", "", dataset), flags=re.ASCII).strip("_").lower()
-    return words if re.match("[a-z]", words) else f"expert_{words}".rstrip("_")
-
-
-def _words(dataset: str) -> str:
-    return re.sub(r"^(Dataset|Task)\d+_", "", dataset).replace("_", " ")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _check(holds: bool, folder: Path, rule: str, given: object, advice: str) -> None:
-    if not holds:
-        message = f"nnU-Net results {str(folder)!r} {rule}, got {given}. {advice}"
-        raise BundleError(message)

@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from KA2ERSegment.build import build_model, tensors_by_name
+from KA2ERSegment.encoders.nnunet import MAX_SPACING_RATIO
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.experts import Content, arm_tensors
 from KA2ERSegment.model import PatchFeatures, PromptableModel
@@ -27,7 +28,7 @@ from KA2ERSegment.preprocessing import normalise
 from KA2ERSegment.training import losses, synthesis
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.raw_dataset import RawDataset
-from KA2ERSegment.training.sampling import SamplingOptions, draw_case
+from KA2ERSegment.training.sampling import SamplingOptions, draw_case, raw_patch
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
 Progress = Callable[[str, float], None]
@@ -41,8 +42,6 @@ PREPARING, COMPARING = 0.4, 0.1
 """Shares of the time for reading and encoding, and for the held-out cases."""
 FIRST_BIAS = 0.0
 """Where the arm begins: heard like the others, else it would not learn in minutes."""
-MAX_SPACING_RATIO = 20.0
-"""Between the expert's spacing and the images'."""
 LEARNING_RATE, BIAS_RATE = 3e-3, 3e-2
 
 
@@ -104,7 +103,6 @@ def train_arm(
     content: Content,
     name: str,
     dataset: RawDataset,
-    spacing: tuple[float, float, float],
     minutes: float,
     progress: Progress,
     seed: int = 0,
@@ -116,7 +114,6 @@ def train_arm(
         content: of a bundle that has the expert.
         name: of the expert.
         dataset: with images of its task.
-        spacing: that the expert was planned for, mm.
         minutes: for all of it; at least one step is made.
         progress: is told where it stands.
         seed: of cases, prompts and steps.
@@ -130,7 +127,8 @@ def train_arm(
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     run = _Run(model, content.plans, generator, np.random.default_rng(seed), progress)
-    held_out, learning, images = _draw(run, dataset, spacing, begin + PREPARING * 60 * minutes)
+    expert = next(expert for expert in content.plans.experts if expert.name == name)
+    held_out, learning, images = _draw(run, dataset, expert.spacing_kji, begin + PREPARING * 60 * minutes)
     steps = _train(run, name, learning, begin + (1 - COMPARING) * 60 * minutes)
     progress("comparing with and without it", 1 - COMPARING)
     at = model.arms.index(name)
@@ -148,7 +146,7 @@ def train_arm(
 
 
 def _draw(
-    run: _Run, dataset: RawDataset, spacing: tuple[float, float, float], deadline: float
+    run: _Run, dataset: RawDataset, spacing: tuple[float, ...], deadline: float
 ) -> tuple[list[_Case], list[_Case], int]:
     """Cases held out (of images of their own where there are several), cases to learn from, number of images.
 
@@ -181,14 +179,16 @@ def _draw(
     return held_out, learning, images
 
 
-def _check_spacing(item: TrainingItem, spacing: tuple[float, float, float]) -> None:
-    """By the middle axis of each: which axis is which is not known."""
-    ratio = sorted(item.spacing)[1] / sorted(spacing)[1]
+def _check_spacing(item: TrainingItem, spacing_kji: tuple[float, ...]) -> None:
+    """By the middle axis of each: images may have been turned. An expert without a spacing reads any."""
+    if not spacing_kji:
+        return
+    ratio = sorted(item.spacing)[1] / sorted(spacing_kji)[1]
     if not 1 / MAX_SPACING_RATIO < ratio < MAX_SPACING_RATIO:
+        own, given = (" x ".join(f"{mm:g}" for mm in three) for three in (spacing_kji, item.spacing[::-1]))
         message = (
-            f"case {item.name!r} must have about the spacing that the expert was planned for, "
-            f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, got {' x '.join(f'{mm:g}' for mm in item.spacing)} mm. "
-            "Give the expert's own data set."
+            f"case {item.name!r} must have about the spacing that the expert was planned for, {own} mm (K, J, I), "
+            f"got {given} mm. Give the expert's own data set."
         )
         raise VolumeError(message)
 
@@ -212,8 +212,9 @@ def _cases(run: _Run, item: TrainingItem, wanted: int, test: bool, deadline: flo
                 image if bool(drawn["real"]) else synthesis.make_image(batch["labels"], batch["target"], run.generator)
             )
             image = synthesis.disturb(image, run.generator)
+        raw = raw_patch(batch, image) if run.model.reads_raw else None
         with torch.no_grad():
-            features = run.model.encode(normalise(image, batch["inside"]))
+            features = run.model.encode(normalise(image, batch["inside"]), raw=raw)
         cases.append(_Case(features, batch["target"], batch["box"], batch["outside"], bool(drawn["real"])))
     return cases
 
@@ -225,7 +226,8 @@ def _train(run: _Run, name: str, cases: list[_Case], deadline: float) -> int:
     at = run.model.arms.index(name)
     begin, steps = time.monotonic(), 0
     while steps == 0 or time.monotonic() < deadline:
-        done = min(1.0, (time.monotonic() - begin) / max(deadline - begin, 1e-9))
+        # the first step counts even where reading the images took all the time
+        done = min(1.0, (time.monotonic() - begin) / max(deadline - begin, 1e-9)) if steps else 0.0
         run.progress(f"training the arm, step {steps + 1}", PREPARING + (1 - PREPARING - COMPARING) * done)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * done))

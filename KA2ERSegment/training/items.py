@@ -11,15 +11,18 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from torch import Tensor
 
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.geometry import Box
+from KA2ERSegment.preprocessing import image_statistics
 from KA2ERSegment.volume import Volume
 
 MIN_VOXELS = 12
@@ -34,7 +37,8 @@ class TrainingItem:
         name: id in the manifest.
         source: repository it came from; sources are drawn evenly.
         labels: (K, J, I) uint16, canonical axes.
-        images: for each channel (K, J, I) int16; empty for a label map without image.
+        images: for each channel (K, J, I) int16, or float32 where the grey values need it; empty for a label map
+            without image.
         spacing: mm (I, J, K).
         names: name of each label value.
         boxes: for each label with enough voxels, the box around it.
@@ -46,13 +50,18 @@ class TrainingItem:
     name: str
     source: str
     labels: npt.NDArray[np.uint16]
-    images: tuple[npt.NDArray[np.int16], ...]
+    images: tuple[npt.NDArray[Any], ...]
     spacing: tuple[float, float, float]
     names: dict[int, str]
     boxes: dict[int, Box]
     licence: str
     modality: str
     region: str
+
+    @cached_property
+    def statistics(self) -> tuple[Tensor, ...]:
+        """For each image its `image_statistics`, (6,) float32."""
+        return tuple(image_statistics(image) for image in self.images)
 
     @classmethod
     def load(cls, path: Path) -> TrainingItem:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +92,7 @@ class RawDataset:
                 k, j, i = slices
                 boxes[value] = Box((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
         return TrainingItem(
-            name=name, source=self.folder.name, labels=array, images=(_whole_numbers(image.array_kji),),
+            name=name, source=self.folder.name, labels=array, images=(_grey_values(image.array_kji),),
             spacing=labels.spacing, names=self.names, boxes=boxes, licence="", modality="", region="",
         )  # fmt: skip
 
@@ -115,10 +115,7 @@ def _listed(folder: Path, about: dict[str, Any]) -> list[tuple[str, Path, Path]]
     return cases
 
 
-def _whole_numbers(array: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
-    """The image as int16, stretched where it needs to be: a patch is normalised, so its unit does not matter."""
-    low, high = float(array.min()), float(array.max())
-    if np.issubdtype(array.dtype, np.integer) and low >= -32768 and high <= 32767:
-        return cast("npt.NDArray[np.int16]", array.astype(np.int16))
-    scaled = (array.astype(np.float32) - low) * (60000 / max(high - low, 1e-30)) - 30000
-    return cast("npt.NDArray[np.int16]", np.rint(scaled).astype(np.int16))
+def _grey_values(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The image in its own unit: int16 where that holds it, else float32."""
+    whole = np.issubdtype(array.dtype, np.integer) and array.min() >= -32768 and array.max() <= 32767
+    return array.astype(np.int16 if whole else np.float32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.geometry import Box
-from KA2ERSegment.preprocessing import Patch, sample_image, sample_nearest
+from KA2ERSegment.preprocessing import Patch, RawPatch, sample_image, sample_nearest
 from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem
 
 LESION, PART = 60000, 60001
@@ -135,8 +135,9 @@ def draw_case(
     Returns:
         labels (S, S, S) int64; image (S, S, S) float32 (zeros where `real` is false); inside (S, S, S) bool;
         target (S, S, S) bool; box (S, S, S) bool and outside (S, S, S) bool (all false without box);
-        classes (S, S, S) int64, of the first task the item belongs to, IGNORE elsewhere; real, mode and task
-        (index of that task + 1, 0 for none) as scalars.
+        classes (S, S, S) int64, of the first task the item belongs to, IGNORE elsewhere; step (3,) float32, mm between
+        samples along K, J, I; statistics (6,) float32 of the image (`image_statistics`; zeros where `real` is false);
+        real, mode and task (index of that task + 1, 0 for none) as scalars.
     """
     if not item.boxes:
         return None
@@ -171,14 +172,19 @@ def draw_case(
         shown = None if made_up == "part" else drawn
         box, outside = _box_maps(target, patch, shown, mode, rng)
     image, inside = torch.zeros(size, size, size), torch.ones(size, size, size, dtype=torch.bool)
+    statistics = torch.zeros(6)
     if real:
-        image, inside = sample_image(item.images[int(rng.integers(len(item.images)))], patch)
+        channel = int(rng.integers(len(item.images)))
+        image, inside = sample_image(item.images[channel], patch)
+        statistics = item.statistics[channel]
     task = next((n for n, task in enumerate(tasks) if task.covers(item)), -1)
     classes = tasks[task].classes(item, labels) if task >= 0 else np.full_like(labels, IGNORE)
     arrays = [labels, image.numpy(), inside.numpy(), target, box, outside, classes]
-    arrays = _flip_and_turn(arrays, rng)
+    arrays, order = _flip_and_turn(arrays, rng)
     keys = ("labels", "image", "inside", "target", "box", "outside", "classes")
     case = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in zip(keys, arrays, strict=True)}
+    step = np.multiply(patch.step, item.spacing)[::-1][order]  # KJI, in the order that the arrays were turned to
+    case["step"], case["statistics"] = torch.from_numpy(step.astype(np.float32)), statistics
     case["real"], case["mode"], case["task"] = torch.tensor(real), torch.tensor(mode.value), torch.tensor(task + 1)
     return case
 
@@ -322,8 +328,28 @@ def _box_maps(
     return box, slab & ~box
 
 
-def _flip_and_turn(arrays: list[npt.NDArray[Any]], rng: np.random.Generator) -> list[npt.NDArray[Any]]:
-    """The same random flips and, in a third of the cases, axis order for all arrays."""
+def raw_patch(batch: Mapping[str, Tensor], shown: Tensor) -> RawPatch:
+    """What experts with plans of their own read of a batch: real images as they are, the others as they are shown.
+
+    Args:
+        batch: cases as `draw_case` makes them, (B, ...) each.
+        shown: (B, S, S, S) float32, the images that the foundation is given, made and disturbed ones among them; their
+            grey values have no unit.
+    """
+    real = batch["real"]
+    made = RawPatch.without_unit(shown, batch["inside"], batch["step"])
+    return replace(
+        made,
+        values=torch.where(real[:, None, None, None], batch["image"], shown),
+        statistics=torch.where(real[:, None], batch["statistics"], made.statistics),
+        has_unit=real,
+    )
+
+
+def _flip_and_turn(
+    arrays: list[npt.NDArray[Any]], rng: np.random.Generator
+) -> tuple[list[npt.NDArray[Any]], npt.NDArray[np.int64]]:
+    """The same random flips and, in a third of the cases, axis order for all arrays; and that order."""
     flips = tuple(slice(None, None, int(sign)) for sign in rng.choice([1, -1], 3, p=(0.8, 0.2)))
     order = rng.permutation(3) if rng.random() < 0.33 else np.arange(3)
-    return [array[flips].transpose(order) for array in arrays]
+    return [array[flips].transpose(order) for array in arrays], order

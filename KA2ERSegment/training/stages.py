@@ -18,7 +18,7 @@ from KA2ERSegment.encoders.expert import Expert, build_network
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.preprocessing import normalise
 from KA2ERSegment.training import losses, synthesis
-from KA2ERSegment.training.sampling import IGNORE
+from KA2ERSegment.training.sampling import IGNORE, raw_patch
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
 logger = logging.getLogger("KA2ERSegment")
@@ -68,11 +68,15 @@ class Stage(lightning.LightningModule):
         minutes = self.minutes - min(FOR_WRITING, 0.05 * self.minutes)
         return min(1.0, max(self.global_step / self.steps, self.minutes_spent / minutes))
 
-    def images(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, 2, S, S, S), normalised: real images disturbed, the others made from their labels."""
+    def shown(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, S, S, S): real images disturbed, the others made from their labels."""
         made = synthesis.make_image(batch["labels"], batch["target"], self.generator)
         image = torch.where(batch["real"][:, None, None, None], batch["image"], made)
-        return normalise(synthesis.disturb(image, self.generator), batch["inside"])
+        return synthesis.disturb(image, self.generator)
+
+    def images(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, 2, S, S, S): the same, normalised."""
+        return normalise(self.shown(batch), batch["inside"])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Set the learning rate, or stop when the budget is spent or this call must end."""
@@ -164,8 +168,9 @@ class PromptableStage(Stage):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """First prompt, then clicks in the error; the patch is encoded once, as in use."""
         self.model.experts.eval()
-        image, target = self.images(batch), batch["target"]
-        features = self.model.encode(image, self._arms(len(image)))
+        shown, target = self.shown(batch), batch["target"]
+        raw = raw_patch(batch, shown) if self.model.reads_raw else None
+        features = self.model.encode(normalise(shown, batch["inside"]), self._arms(len(shown)), raw)
         prompts = first_prompts(target, batch["box"], batch["outside"], self.generator)
         total = torch.zeros((), device=self.device)
         for click in range(self.clicks + 1):

@@ -2,7 +2,8 @@
 
 `python nnunet_lab.py FOLDER` writes FOLDER/nnUNet_raw, FOLDER/nnUNet_preprocessed and FOLDER/nnUNet_results. Planning,
 preprocessing, training and every checkpoint are nnU-Net v2's own work: one plain network is trained for an epoch of two
-iterations on tiny images; the other networks are initialised and saved without training.
+iterations on tiny images; the other networks are initialised and saved without training. Beside each checkpoint lies
+`expected.npz`: what nnU-Net's own predictor says of an image of another spacing.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def main(folder: Path) -> None:
 
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     class Trainer(nnUNetTrainer):
@@ -71,6 +73,9 @@ def main(folder: Path) -> None:
 
         def plot_network_architecture(self) -> None:
             """No picture."""
+
+        def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+            """None: nobody reads it."""
 
     number = int(DATASET[7:10])
     extract_fingerprints([number], num_processes=1, check_dataset_integrity=True)
@@ -84,31 +89,56 @@ def main(folder: Path) -> None:
     kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     kwargs["features_per_stage"] = [4 * (n + 1) for n in range(kwargs["n_stages"])]  # else a minute and 130 MB
 
-    def trainer(plans: dict[str, Any], fold: int | str, configuration: str = "3d_fullres") -> nnUNetTrainer:
+    def trainer(
+        plans: dict[str, Any], fold: int | str, configuration: str = "3d_fullres", **described: Any
+    ) -> nnUNetTrainer:
         given = {**copy.deepcopy(plans), "continue_training": False}
-        return Trainer(given, configuration, fold, copy.deepcopy(about), torch.device("cpu"))
+        return Trainer(given, configuration, fold, copy.deepcopy(about) | described, torch.device("cpu"))
 
-    trainer(plans, 0).run_training()
+    def predict(of: nnUNetTrainer) -> None:
+        """Probabilities by nnU-Net's own predictor, of an image with thick slices, an empty rim and a unit."""
+        rng = np.random.default_rng(1)
+        image = rng.normal(300, 200, (30, 41, 38)).astype(np.float32)
+        image[:, :3], image[..., -2:] = 0, 0
+        spacing = (2.0, 1.3, 1.2)  # KJI
+        predictor = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=of.device)
+        weights = {name: tensor.clone() for name, tensor in of.network.state_dict().items()}
+        of.set_deep_supervision_enabled(False)
+        predictor.manual_initialization(
+            of.network, of.plans_manager, of.configuration_manager, [weights], of.dataset_json, "Trainer", None
+        )
+        channels = np.stack([image] * len(of.dataset_json["channel_names"]))
+        _, found = predictor.predict_single_npy_array(channels, {"spacing": spacing}, None, None, True)
+        np.savez(Path(of.output_folder_base) / "expected.npz", image=image, spacing=spacing, probabilities=found)
 
-    def untrained(name: str, change: Any, configuration: str = "3d_fullres") -> None:
+    trained = trainer(plans, 0)
+    trained.run_training()
+    predict(trained)
+
+    def untrained(name: str, change: Any, configuration: str = "3d_fullres", **described: Any) -> None:
         """Another network of nnU-Net's library, saved by nnU-Net as it was initialised."""
         changed = copy.deepcopy(plans)
         changed["plans_name"] = name
-        change(changed["configurations"])
-        other = trainer(changed, "all", configuration)
+        change(changed)
+        other = trainer(changed, "all", configuration, **described)
         other.initialize()
         results = Path(other.output_folder_base)
         (results / "plans.json").write_text(json.dumps(changed))
-        (results / "dataset.json").write_text(json.dumps(about))
+        (results / "dataset.json").write_text(json.dumps(about | described))
         other.save_checkpoint(str(Path(other.output_folder) / "checkpoint_final.pth"))
+        if configuration != "2d":
+            predict(other)
 
     untrained("residual", _residual)
-    untrained("anisotropic", _anisotropic)
-    untrained("flat", lambda configurations: None, "2d")
+    untrained("anisotropic", _anisotropic, channel_names={"0": "CT"})
+    untrained("pair", _pair, channel_names={"0": "CT", "1": "MR"})
+    regions = {"background": 0, "whole": [1, 2], "bead": 1}
+    untrained("regions", lambda plans: None, labels=regions, regions_class_order=[1, 2])
+    untrained("flat", lambda plans: None, "2d")
 
 
-def _residual(configurations: dict[str, Any]) -> None:
-    architecture = configurations["3d_fullres"]["architecture"]
+def _residual(plans: dict[str, Any]) -> None:
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
     kwargs = architecture["arch_kwargs"]
     stages = kwargs["n_stages"]
@@ -117,18 +147,28 @@ def _residual(configurations: dict[str, Any]) -> None:
     del kwargs["n_conv_per_stage"]
 
 
-def _anisotropic(configurations: dict[str, Any]) -> None:
-    """As nnU-Net plans for thick slices: the first axis starts late, and the last stage halves two axes only."""
-    kwargs = configurations["3d_fullres"]["architecture"]["arch_kwargs"]
-    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
-    kwargs.update(
+def _anisotropic(plans: dict[str, Any]) -> None:
+    """As nnU-Net plans for thick slices, here along J: that axis comes first, starts late, and the last stages halve
+    the other two axes only. Its images are CT."""
+    plans["transpose_forward"], plans["transpose_backward"] = [1, 0, 2], [1, 0, 2]
+    settings = plans["configurations"]["3d_fullres"]
+    settings.update(spacing=[4.0, 1.1, 0.9], patch_size=[16, 64, 64], normalization_schemes=["CTNormalization"])
+    settings["architecture"]["arch_kwargs"].update(
         n_stages=6,
-        strides=strides,
+        strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]],
         kernel_sizes=[[1, 3, 3], *[[3, 3, 3]] * 5],
         features_per_stage=[4, 4, 8, 8, 12, 12],
         n_conv_per_stage=[1] * 6,
         n_conv_per_stage_decoder=[1] * 5,
     )
+
+
+def _pair(plans: dict[str, Any]) -> None:
+    """Two channels: a CT window, and z-scores of what is not 0."""
+    settings = plans["configurations"]["3d_fullres"]
+    settings.update(normalization_schemes=["CTNormalization", "ZScoreNormalization"], use_mask_for_norm=[False, True])
+    windows = plans["foreground_intensity_properties_per_channel"]
+    windows["1"] = windows["0"]
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from KA2ERSegment.errors import BundleError
-from KA2ERSegment.plans import ExpertPlans, Plans
+from KA2ERSegment.plans import ExpertPlans, Normalisation, Plans
 from KA2ERSegment.testing import tiny_plans
 
 
@@ -28,6 +29,44 @@ def test_plans_come_back_from_json_as_they_were(plans: Plans) -> None:
     assert isinstance(again.zooms_mm, tuple)
     assert isinstance(again.foundation.depths, tuple)
     assert isinstance(again.experts, tuple)
+
+
+def test_an_experts_own_reading_comes_back_from_json() -> None:
+    ct = Normalisation("CTNormalization", percentile_00_5=-958.0, percentile_99_5=270.5, mean=74.4, std=137.7)
+    channels = (ct, Normalisation("ZScoreNormalization", use_mask=True))
+    expert = replace(tiny_plans().experts[0], spacing_kji=(5.0, 0.8, 0.8), normalisation=channels, axes=(1, 0, 2))
+    plans = replace(tiny_plans(), experts=(expert, tiny_plans().experts[1]))
+    data = as_json(plans)
+
+    assert Plans.from_json(data) == plans
+    assert not {"spacing_kji", "normalisation", "axes"} & data["experts"][1].keys()
+    assert (expert.reads_raw, plans.experts[1].reads_raw) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spacing_kji": [1.0, 1.0]}, "spacing_kji must be three lengths"),
+        ({"spacing_kji": [1.0, 1.0, -1.0]}, "spacing_kji must be three lengths"),
+        ({"normalisation": []}, "normalisation must be one scheme for each channel"),
+        ({"normalisation": [{"scheme": "Percentile"}]}, "normalisation scheme must be one of CTNormalization"),
+        ({"normalisation": [{"scheme": "CTNormalization", "percentile_99_5": "hot"}]}, "percentile_99_5 must be a num"),
+        ({"normalisation": [{"scheme": "CTNormalization"}]}, "window must be from a lower to a higher"),
+        ({"normalisation": [{"scheme": "ZScoreNormalization", "use_mask": 1}]}, "use_mask must be true or false"),
+        ({"normalisation": [{"kind": "CT"}]}, "kind"),
+        ({"normalisation": ["CT"]}, "plans: "),
+        ({"axes": [0, 1, 1]}, "axes must be 0, 1 and 2 in some order"),
+    ],
+)
+def test_an_own_reading_that_is_none_is_refused(change: dict[str, Any], words: str) -> None:
+    data = as_json(tiny_plans())
+    good = {"spacing_kji": [1.0, 1.0, 1.0], "normalisation": [{"scheme": "ZScoreNormalization"}], "axes": [1, 0, 2]}
+    data["experts"][0] |= good
+    Plans.from_json(data)
+
+    data["experts"][0] |= change
+    with pytest.raises(BundleError, match=words):
+        Plans.from_json(data)
 
 
 @pytest.mark.parametrize("number", [0, 2, "1", None, [1]])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.geometry import Box
+from KA2ERSegment.preprocessing import image_statistics
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.sampling import (
     IGNORE,
@@ -19,6 +22,7 @@ from KA2ERSegment.training.sampling import (
     TargetDataset,
     draw_case,
     hand_drawn,
+    raw_patch,
 )
 
 TASK = ClassMap("trunk", "^one", {"soft": "liver|spleen", "hard": "rib"})
@@ -37,6 +41,38 @@ def an_item(image: bool = True, name: str = "one") -> TrainingItem:
     images = ((labels * 100).astype(np.int16),) if image else ()
     names = {3: "liver", 5: "spleen", 9: "rib_left_1"}
     return TrainingItem(name, "a/repo", labels, images, (1.0, 1.2, 2.5), names, boxes, "CC0", "CT", "abdomen")
+
+
+def test_steps_are_those_of_the_turned_patch() -> None:
+    """A ramp of 1 along R, 10 along A and 100 along S, per mm: its slope tells which axis came out where."""
+    item = an_item()
+    k, j, i = np.indices(item.labels.shape)
+    ramp = (i * 1.0 * 1 + j * 1.2 * 10 + k * 2.5 * 100).astype(np.float32)
+    item = replace(item, images=(ramp,))
+    orders = set()
+    for case in draws(Mode.BOX, 30, item, real_images=1.0):
+        inner = case["image"][12:20, 12:20, 12:20].double()
+        slopes = [float(inner.diff(dim=axis).mean().abs() / case["step"][axis]) for axis in range(3)]
+        assert sorted(slopes) == pytest.approx([1, 10, 100], rel=0.02)
+        orders.add(tuple(round(np.log10(slope)) for slope in slopes))
+        assert torch.equal(case["statistics"], image_statistics(ramp))
+    assert (2, 1, 0) in orders
+    assert len(orders) > 2
+
+
+def test_experts_read_real_images_as_they_are_and_made_ones_as_they_are_shown() -> None:
+    cases = draws(Mode.BOX, 12, real_images=0.5)
+    batch = {key: torch.stack([case[key] for case in cases]) for key in cases[0]}
+    shown = torch.rand(12, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    raw = raw_patch(batch, shown)
+
+    real = batch["real"]
+    assert 0 < real.sum() < 12
+    assert torch.equal(raw.has_unit, real)
+    assert torch.equal(raw.values[real], batch["image"][real])
+    assert torch.equal(raw.values[~real], shown[~real])
+    assert torch.equal(raw.statistics[real], batch["statistics"][real])
+    torch.testing.assert_close(raw.statistics[~real, 0], shown[~real].flatten(1).mean(1))
 
 
 def options(mode: Mode, **changes: float) -> SamplingOptions:
