@@ -68,10 +68,18 @@ class Reliability:
     true: Numbers
 
     @classmethod
-    def of(cls, probability: Numbers, truth: BoolArray) -> Reliability:
-        """Count voxels: probability (N,) in 0..1 of lying in the object, truth (N,) whether they do."""
-        bins = np.clip((np.asarray(probability) * BINS).astype(int), 0, BINS - 1)
-        counts = (np.bincount(bins, values, BINS) for values in (None, probability, truth))
+    def of(cls, probability: Numbers, truth: BoolArray, weights: Numbers | None = None) -> Reliability:
+        """Count voxels.
+
+        Args:
+            probability: (N,) in 0..1, of lying in the object.
+            truth: (N,) bool, whether they do.
+            weights: (N,) how much each counts; by default 1.
+        """
+        probability = np.asarray(probability, dtype=np.float64)
+        bins = np.clip((probability * BINS).astype(int), 0, BINS - 1)
+        each = np.ones(len(bins)) if weights is None else weights
+        counts = (np.bincount(bins, values, BINS) for values in (each, each * probability, each * truth))
         weight, promised, true = (np.asarray(count, dtype=np.float64) for count in counts)
         return cls(weight, promised, true)
 

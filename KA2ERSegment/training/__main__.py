@@ -25,9 +25,10 @@ from KA2ERSegment.build import load_tensors, tensors_by_name
 from KA2ERSegment.bundle import Bundle, load_bundle
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training import STARTED
+from KA2ERSegment.training.calibrate import calibrate
 from KA2ERSegment.training.card import write_bundle
 from KA2ERSegment.training.feeding import AUTO
-from KA2ERSegment.training.items import TrainingItem, pack
+from KA2ERSegment.training.items import TrainingItem, pack, split_held_out
 from KA2ERSegment.training.run import ACCELERATORS, Clock, Run, Unfinished, describe, fit
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, TargetDataset
 from KA2ERSegment.training.stages import ExpertStage, PromptableStage
@@ -40,7 +41,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the bundle.")] = Path("runs/first"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     start: Annotated[Path | None, typer.Option(help="Bundle of the same plans to begin from.")] = None,
-    stage: Annotated[str, typer.Option(help="Only this stage: an expert's name, or 'promptable'.")] = "",
+    stage: Annotated[str, typer.Option(help="Only this stage: an expert's name, 'promptable', 'calibration'.")] = "",
     data: Annotated[Path, typer.Option(help="Folder that holds the manifests' folders.")] = Path("../shared/data"),
     cache: Annotated[Path, typer.Option(help="Folder of packed items; made where missing.")] = Path("cache/train"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -60,7 +61,7 @@ def train(
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     settings = json.loads(config.read_text(encoding="utf-8"))
     plans = Plans.from_json(settings["plans"])
-    stages = ("", *(expert.name for expert in plans.experts), "promptable")
+    stages = ("", *(expert.name for expert in plans.experts), "promptable", "calibration")
     if stage not in stages:
         message = f"stage must be one of {stages[1:]}, got {stage!r}."
         raise typer.BadParameter(message)
@@ -73,9 +74,10 @@ def train(
     items = [TrainingItem.load(path) for path in sorted(cache.glob("*.npz"))]
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
     begin = _begin(start, plans)
+    learning, held_out = split_held_out(items, settings.get("held_out", 0))
     clock = Clock(begun, begun + 60 * stop_after if stop_after else math.inf)
     run = Run(
-        settings, plans, items, tasks, output, resume, device, ranks, minutes, begin,
+        settings, plans, learning, tasks, output, resume, device, ranks, minutes, begin,
         workers, save_every, compact, clock,
     )  # fmt: skip
     _take_over_experts(run)
@@ -85,6 +87,8 @@ def train(
                 _train_expert(run, expert, task)
         if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
             _train_promptable(run)
+        if stage == "calibration":
+            calibrate(begin or load_bundle(output / "bundle"), learning, held_out, output / "bundle", device)
     except Unfinished as stopped:
         logger.info("the call's time is up, %s goes on with --resume", stopped)
 
@@ -94,7 +98,7 @@ def _begin(folder: Path | None, plans: Plans) -> Bundle | None:
     if folder is None:
         return None
     bundle = load_bundle(folder)
-    if bundle.plans != plans:
+    if bundle.plans.without("calibration") != plans.without("calibration"):
         message = f"--start must be a bundle of the config's plans; those of {str(folder)!r} differ."
         raise typer.BadParameter(message)
     return bundle

@@ -7,9 +7,11 @@ is ever packed.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +47,7 @@ class TrainingItem:
         licence: as in the manifest.
         modality: as in the manifest.
         region: body region, as in the manifest.
+        subject: whose it is, as in the manifest; one subject may have several items.
     """
 
     name: str
@@ -57,6 +60,7 @@ class TrainingItem:
     licence: str
     modality: str
     region: str
+    subject: str = ""
 
     @cached_property
     def statistics(self) -> tuple[Tensor, ...]:
@@ -79,8 +83,33 @@ class TrainingItem:
         names = {int(value): name for value, name in about["names"].items()}
         return cls(
             about["id"], about["source"], labels, images, tuple(about["spacing"]), names, boxes,
-            about["licence"], about["modality"], about["region"],
+            about["licence"], about["modality"], about["region"], about.get("subject", about["id"]),
         )  # fmt: skip
+
+
+def split_held_out(items: Sequence[TrainingItem], one_in: int) -> tuple[list[TrainingItem], list[TrainingItem]]:
+    """Items to learn from, and items of other subjects on which gates and temperatures are fitted.
+
+    Of each source with at least three subjects one in `one_in` is held out, at least one; which ones follows from their
+    names alone. Smaller sources are all learnt from.
+
+    Args:
+        items: of split `train`.
+        one_in: 0 holds nothing out.
+    """
+    subjects: dict[str, set[str]] = {}
+    for item in items:
+        subjects.setdefault(item.source, set()).add(item.subject or item.name)
+    apart: set[tuple[str, str]] = set()
+    for source, names in subjects.items():
+        if one_in and len(names) >= 3:
+            order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+            apart |= {(source, name) for name in order[: max(1, round(len(names) / one_in))]}
+    held = [(item.source, item.subject or item.name) in apart for item in items]
+    return (
+        [item for item, out in zip(items, held, strict=True) if not out],
+        [item for item, out in zip(items, held, strict=True) if out],
+    )
 
 
 def pack(manifests: list[Path], output: Path, share_alike: bool) -> list[str]:
@@ -137,6 +166,7 @@ def _pack_item(row: dict[str, str], folder: Path, output: Path) -> None:
         "licence": row["licence"],
         "modality": row["modality"],
         "region": row["body_region"],
+        "subject": row.get("subject") or row["id"],
     }
     arrays: dict[str, Any] = {
         f"image{n}": np.ascontiguousarray(image.array_kji, dtype=np.int16) for n, image in enumerate(images)

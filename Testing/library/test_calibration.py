@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from KA2ERSegment.errors import BundleError, KA2ERError
 from KA2ERSegment.plans import GatePlans, Plans, VotingPlans
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity
 from KA2ERSegment.session import Session
-from KA2ERSegment.testing import tiny_bundle
+from KA2ERSegment.testing import tiny_bundle, tiny_plans
 from KA2ERSegment.volume import Volume
 
 
@@ -146,12 +145,13 @@ def test_calibration_changes_probabilities_and_no_mask(a_bundle: Bundle, a_volum
     assert not np.array_equal(before.disagreement, after.disagreement)
 
 
-def test_plans_without_a_system_have_it_off_and_all_else_as_it_was(tmp_path: Path) -> None:
-    plans = Plans(gate=GatePlans(("a",)), voting=VotingPlans(("b",)), calibration={"mask": 2.0})
+def test_plans_without_a_system_have_it_off_and_all_else_as_it_was() -> None:
+    gate, voting = GatePlans(("tiny_brain",)), VotingPlans(("b",))
+    plans = replace(tiny_plans(), gate=gate, voting=voting, calibration={"mask": 2.0})
     off = plans.without("experts", "gate", "voting", "calibration")
     assert not off.amalgamation.enabled
-    assert off.gate == GatePlans(("a",), enabled=False)
-    assert off.voting == VotingPlans(("b",), enabled=False)
+    assert off.gate == replace(gate, enabled=False)
+    assert off.voting == replace(voting, enabled=False)
     assert off.calibration == {}
     assert replace(plans, calibration={}) == plans.without("calibration")
     assert Plans().without("gate", "voting", "calibration") == Plans()

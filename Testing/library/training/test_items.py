@@ -13,7 +13,7 @@ import pytest
 
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.training import items as items_module
-from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem, pack
+from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem, pack, split_held_out
 
 COLUMNS = ["id", "split", "modality", "body_region", "has_image", "images", "label", "labels_json", "spacing"]
 COLUMNS += ["source_repo", "licence", "share_alike"]
@@ -116,3 +116,20 @@ def test_packing_that_is_cut_short_leaves_an_empty_cache(tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         pack([a_manifest(tmp_path / "data")], tmp_path / "cache", share_alike=True)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_one_in_so_many_subjects_of_each_larger_source_is_held_out() -> None:
+    def item(source: str, subject: str, number: int = 0) -> TrainingItem:
+        name = f"{subject}_{number}"
+        return TrainingItem(name, source, labels_kji(), (), (1, 1, 1), {}, {}, "CC0", "CT", "abdomen", subject)
+
+    many = [item("many", f"s{n}", moment) for n in range(16) for moment in (0, 1)]
+    few = [item("few", f"t{n}") for n in range(3)]
+    pair = [item("pair", f"u{n}") for n in range(2)]
+    learning, held_out = split_held_out([*many, *few, *pair], 8)
+    assert sorted(x.name for x in (*learning, *held_out)) == sorted(x.name for x in (*many, *few, *pair))
+    assert {x.subject for x in learning}.isdisjoint(x.subject for x in held_out)
+    assert [sum(x.source == source for x in held_out) for source in ("many", "few", "pair")] == [4, 1, 0]
+    again, _ = split_held_out([*reversed(many), *pair], 8)
+    assert {x.name for x in again if x.source == "many"} == {x.name for x in learning if x.source == "many"}
+    assert split_held_out(many, 0) == (many, [])

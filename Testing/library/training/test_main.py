@@ -134,6 +134,18 @@ def test_a_run_with_share_alike_data_says_so(a_workplace: Path, a_finished_run: 
     assert "not to be shipped" in card
 
 
+def test_a_bundle_is_calibrated_in_its_place_and_can_be_begun_from(a_workplace: Path, a_finished_run: Path) -> None:
+    before = load_bundle(a_finished_run / "bundle")
+    result = run(a_workplace, a_workplace / "warm", "--start", str(before.folder), "--stage", "calibration")
+    assert result.exit_code == 0, result.output
+    warm = load_bundle(a_workplace / "warm" / "bundle")
+    assert warm.plans.calibration.keys() == {"mask", "foundation", "tiny_trunk", "tiny_brain"}
+    assert warm.plans.without("calibration") == before.plans
+    assert "The items of 1 of these sources" in (warm.folder / "model_card.md").read_text()
+    again = run(a_workplace, a_workplace / "warm", "--start", str(warm.folder), "--stage", "calibration")
+    assert again.exit_code == 0, again.output
+
+
 def test_a_run_can_begin_from_a_bundle(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
     """No expert is trained again, and with no step left to do the answer is the bundle's own, shrunk and all."""
     config = settings(shrink=0.5, promptable=settings()["promptable"] | {"steps": 1, "learning_rate": 0.0})

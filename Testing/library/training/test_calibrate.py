@@ -1,0 +1,77 @@
+"""Temperatures fitted on simulated sessions, and what they change in a bundle: plans and card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from KA2ERSegment.bundle import Bundle, load_bundle
+from KA2ERSegment.errors import KA2ERError
+from KA2ERSegment.experts import Content
+from KA2ERSegment.geometry import Box
+from KA2ERSegment.testing import tiny_bundle
+from KA2ERSegment.training.calibrate import ITEMS, Samples, calibrate, collect, fit, items_to_fit_on, with_calibration
+from KA2ERSegment.training.items import TrainingItem
+
+
+def an_item(name: str = "one", source: str = "a/repo", image: bool = True) -> TrainingItem:
+    labels = np.zeros((14, 18, 22), dtype=np.uint16)
+    labels[3:10, 4:14, 5:17] = 1
+    noise = np.random.default_rng(3).normal(0, 20, labels.shape)
+    images = ((labels * 200 + noise).astype(np.int16),) if image else ()
+    boxes = {1: Box((5, 4, 3), (17, 14, 10))}
+    return TrainingItem(name, source, labels, images, (1.0, 1.2, 2.5), {1: "block"}, boxes, "CC0", "CT", "abdomen")
+
+
+@pytest.fixture(scope="module")
+def a_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+def test_each_column_gets_its_own_temperature_back() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, 30000)
+    truth = rng.random(30000) < 1 / (1 + np.exp(-logits))
+    columns = np.stack([2 * logits, 0.5 * logits], axis=1).astype(np.float32)
+    found = fit(Samples(("mask", "foundation"), columns, truth, np.ones(30000), ("a", "b", "a")))
+    assert found.temperatures == pytest.approx({"mask": 2.0, "foundation": 0.5}, rel=0.05)
+    assert found.error_after["mask"] < 0.02 < found.error_before["mask"]
+    assert (found.sources, found.predictions) == (2, 3)
+
+
+def test_samples_are_near_the_object_and_sources_count_the_same(a_bundle: Bundle) -> None:
+    items = [an_item(), an_item("two"), an_item("three", "b/repo"), an_item("four", "c/repo", image=False)]
+    samples = collect(a_bundle, items, clicks=1)
+    assert samples.names == ("mask", "foundation", "tiny_trunk", "tiny_brain")
+    assert samples.logits.shape == (len(samples.truth), 4)
+    assert samples.sources.count("a/repo") == 2 * samples.sources.count("b/repo") == 8  # box and click, first and last
+    assert samples.weights.sum() == pytest.approx(2)
+    assert 0.1 < samples.truth.mean() < 0.9
+    again = collect(a_bundle, items, clicks=1)
+    np.testing.assert_array_equal(samples.logits, again.logits)
+    with pytest.raises(KA2ERError, match="items with image and labels"):
+        collect(a_bundle, [an_item(image=False)])
+
+
+def test_held_out_items_come_first_and_small_sources_lend_some_that_were_learnt_from() -> None:
+    learning = [an_item(f"a{n}") for n in range(9)] + [an_item(f"b{n}", "b/repo") for n in range(9)]
+    held_out = [an_item("a9"), an_item("c0", "c/repo", image=False)]
+    names = [item.name for item in items_to_fit_on(learning, held_out)]
+    assert names == ["a9", *(f"b{n}" for n in range(ITEMS))]
+
+
+def test_a_calibrated_bundle_has_the_same_weights_and_says_so_in_its_card(a_bundle: Bundle, tmp_path: Path) -> None:
+    found = calibrate(a_bundle, [an_item()], [an_item("two", "b/repo")], tmp_path / "warm")
+    warm = load_bundle(tmp_path / "warm")
+    assert warm.plans == replace(a_bundle.plans, calibration=found.temperatures)
+    assert warm.plans.calibration.keys() == {"mask", "foundation", "tiny_trunk", "tiny_brain"}
+    assert warm.checksums["weights.safetensors"] == a_bundle.checksums["weights.safetensors"]
+    card = (warm.folder / "model_card.md").read_text()
+    assert "## Known limits\n- Calibration: logits are divided by temperatures (mask " in card
+    assert "The items of 1 of these sources were trained on too." in card
+    again = with_calibration(Content.of(warm), replace(found, predictions=77), 0)
+    assert again.card.count("- Calibration:") == 1
+    assert "77 predictions" in again.card
