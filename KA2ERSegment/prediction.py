@@ -260,7 +260,7 @@ class Prediction:
         if voter not in self.voters:
             raise KeyError(voter)
         at, read, ballots = self.voters.index(voter), self.patch.read_by(self.canonical.shape_kji), self.ballots()
-        return sigmoid(ballots.opinions[at].copy()) * read, ballots.weights[at] * read
+        return self._probable(ballots.opinions[at]) * read, ballots.weights[at] * read
 
     @cached_property
     def shares(self) -> dict[str, float]:

@@ -191,9 +191,9 @@ class VotingHead(nn.Module):
         deltas = self._deltas(hidden, out)
         coarse = F.avg_pool3d(base[:, None], STRIDE).flatten(1)
         with torch.no_grad():
-            evidence = self._evidence(coarse[:, None] + deltas, heard, truth, told)
+            says = evidence(coarse[:, None] + deltas, self.load[heard], truth, told)
         routed = torch.bmm(self.route_voxel[heard].to(voxels.dtype), voxels.transpose(1, 2)).float()
-        weights = self._weights(case.gather(1, heard)[..., None] + routed + evidence)
+        weights = self._weights(case.gather(1, heard)[..., None] + routed + says)
         return Ballot(heard, coarse, voxels, hidden, out, deltas, weights)
 
     @torch.no_grad()
@@ -258,17 +258,6 @@ class VotingHead(nn.Module):
 
     # -- the vote ----------------------------------------------------------------------------------------------------
 
-    def _evidence(self, opinions: Tensor, heard: Tensor, truth: Tensor | None, told: Tensor | None) -> Tensor:
-        """(B, H, V), what speaks for each expert beside the router: confidence, consistency, little load."""
-        probability = opinions.sigmoid()
-        confidence = (2 * probability - 1).abs()
-        others = (probability.sum(1, keepdim=True) - probability) / (probability.shape[1] - 1)
-        if truth is not None and told is not None:
-            others = torch.where(told[:, None, None], truth[:, None], others)
-        consistency = 1 - (probability - others).abs()
-        load = LOAD * self.load[heard][..., None]
-        return CONFIDENCE * (confidence + EPSILON).log() + CONSISTENCY * consistency - load
-
     def _weights(self, scores: Tensor) -> Tensor:
         """(B, H, V), summing to 1 over the experts."""
         if self.plans.vote == "mean":
@@ -276,6 +265,27 @@ class VotingHead(nn.Module):
         if self.plans.vote == "case":
             scores = scores.mean(2, keepdim=True).expand_as(scores)
         return (scores / self.temperature).softmax(1)
+
+
+def evidence(opinions: Tensor, load: Tensor, truth: Tensor | None = None, told: Tensor | None = None) -> Tensor:
+    """What speaks for each expert beside the router: confidence, consistency, little load.
+
+    Args:
+        opinions: (B, H, V) float32, logits.
+        load: (B, H), how much more than its part each was heard so far.
+        truth: (B, V) in 0..1, in training.
+        told: (B,) bool, cases where consistency is that with the truth and not that with the others.
+
+    Returns:
+        (B, H, V) float32, for the softmax.
+    """
+    probability = opinions.sigmoid()
+    confidence = (2 * probability - 1).abs()
+    other = (probability.sum(1, keepdim=True) - probability) / (probability.shape[1] - 1)
+    if truth is not None and told is not None:
+        other = torch.where(told[:, None, None], truth[:, None], other)
+    consistency = 1 - (probability - other).abs()
+    return CONFIDENCE * (confidence + EPSILON).log() + CONSISTENCY * consistency - LOAD * load[..., None]
 
 
 def _about(embedding: Tensor, token: Tensor, maps: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from KA2ERSegment.training.items import TrainingItem, pack, split_held_out
 from KA2ERSegment.training.run import ACCELERATORS, Clock, Run, Unfinished, describe, fit
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, TargetDataset
 from KA2ERSegment.training.stages import ExpertStage, PromptableStage
+from KA2ERSegment.training.voting import report_of, train_voting
 
 logger = logging.getLogger("KA2ERSegment")
 
@@ -40,8 +41,12 @@ def train(
     config: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON, as in training/configs.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the bundle.")] = Path("runs/first"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
-    start: Annotated[Path | None, typer.Option(help="Bundle of the same plans to begin from.")] = None,
-    stage: Annotated[str, typer.Option(help="Only this stage: an expert's name, 'promptable', 'calibration'.")] = "",
+    start: Annotated[
+        Path | None, typer.Option(help="Bundle to begin from; of the config's plans, but for 'voting'.")
+    ] = None,
+    stage: Annotated[
+        str, typer.Option(help="Only this stage: an expert's name, 'promptable', 'voting', 'calibration'.")
+    ] = "",
     data: Annotated[Path, typer.Option(help="Folder that holds the manifests' folders.")] = Path("../shared/data"),
     cache: Annotated[Path, typer.Option(help="Folder of packed items; made where missing.")] = Path("cache/train"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -61,7 +66,8 @@ def train(
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     settings = json.loads(config.read_text(encoding="utf-8"))
     plans = Plans.from_json(settings["plans"])
-    stages = ("", *(expert.name for expert in plans.experts), "promptable", "calibration")
+    last = ("promptable", *({"voting"} & settings.keys()), "calibration")
+    stages = ("", *(expert.name for expert in plans.experts), *last)
     if stage not in stages:
         message = f"stage must be one of {stages[1:]}, got {stage!r}."
         raise typer.BadParameter(message)
@@ -73,32 +79,35 @@ def train(
         logger.info("packed %d items into %s", len(names), cache)
     items = [TrainingItem.load(path) for path in sorted(cache.glob("*.npz"))]
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
-    begin = _begin(start, plans)
+    begin = _begin(start, plans if stage != "voting" else None)
     learning, held_out = split_held_out(items, settings.get("held_out", 0))
     clock = Clock(begun, begun + 60 * stop_after if stop_after else math.inf)
     run = Run(
         settings, plans, learning, tasks, output, resume, device, ranks, minutes, begin,
         workers, save_every, compact, clock,
     )  # fmt: skip
-    _take_over_experts(run)
+    if stage != "voting":
+        _take_over_experts(run)
     try:
         for expert, task in zip(plans.experts, tasks, strict=True):
             if stage in ("", expert.name) and not run.expert_weights(expert).exists():
                 _train_expert(run, expert, task)
         if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
             _train_promptable(run)
+        if stage in ("", "voting") and "voting" in settings and (resume or not report_of(run).exists()):
+            train_voting(run, begin if stage and begin else load_bundle(output / "bundle"), held_out)
         if stage == "calibration":
             calibrate(begin or load_bundle(output / "bundle"), learning, held_out, output / "bundle", device)
     except Unfinished as stopped:
         logger.info("the call's time is up, %s goes on with --resume", stopped)
 
 
-def _begin(folder: Path | None, plans: Plans) -> Bundle | None:
-    """The bundle to begin from."""
+def _begin(folder: Path | None, plans: Plans | None) -> Bundle | None:
+    """The bundle to begin from; of these plans, where there are any."""
     if folder is None:
         return None
     bundle = load_bundle(folder)
-    if bundle.plans.without("calibration") != plans.without("calibration"):
+    if plans is not None and bundle.plans.without("calibration") != plans.without("calibration"):
         message = f"--start must be a bundle of the config's plans; those of {str(folder)!r} differ."
         raise typer.BadParameter(message)
     return bundle

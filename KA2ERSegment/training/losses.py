@@ -57,3 +57,33 @@ def routing_loss(weights: Tensor, task: Tensor) -> Tensor:
     if not bool(known.any()):
         return share.sum() * 0
     return F.nll_loss(share[known], task[known])
+
+
+def vote_loss(weights: Tensor, opinions: Tensor, truth: Tensor) -> Tensor:
+    """How wrong each expert's own opinion is, by its weight, and a little how far they differ; (B,).
+
+    After IC-MoE (arXiv 2510.17684), whose experts are to be consistent with the labels: mean over the voxels of
+    sum_i w_i BCE(p_i, y) + 0.1 Var^w(p_i).
+
+    Args:
+        weights: (B, H, V), summing to 1 over the experts.
+        opinions: (B, H, V), logits.
+        truth: (B, V) in 0..1.
+    """
+    entropy = F.binary_cross_entropy_with_logits(opinions, truth[:, None].expand_as(opinions), reduction="none")
+    probability = opinions.sigmoid()
+    mean = (weights * probability).sum(1, keepdim=True)
+    return (weights * (entropy + 0.1 * (probability - mean).square())).sum(1).mean(1)
+
+
+def balance_loss(weights: Tensor) -> Tensor:
+    """E sum_i fraction_i x mean weight_i: 1 where E experts are heard alike, more where some win most voxels.
+
+    As Fedus et al. balance language models (arXiv 2101.03961).
+
+    Args:
+        weights: (B, E, V), summing to 1 over the experts.
+    """
+    experts = weights.shape[1]
+    winners = F.one_hot(weights.argmax(1), experts).float().mean((0, 1))
+    return experts * (winners * weights.mean((0, 2))).sum()
