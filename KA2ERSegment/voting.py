@@ -38,7 +38,9 @@ from KA2ERSegment.prompt_encoder import MAPS
 STRIDE = 2
 """Between the voxels that vote."""
 CONFIDENCE, CONSISTENCY, LOAD = 0.5, 1.0, 4.0
-"""beta, gamma and eta: what an expert's confidence, its agreement with the others and its load count in the vote."""
+"""beta, gamma and eta: what an expert's confidence, its agreement with the others and its load count in the vote.
+
+The last one counts in the choice of adaptive experts too: there the load is how often each one is heard."""
 EPSILON = 1e-3
 """Confidence that everybody has."""
 MEMORY = 0.98
@@ -116,6 +118,7 @@ class VotingHead(nn.Module):
     """
 
     load: Tensor
+    turns: Tensor
     temperature: Tensor
 
     def __init__(self, plans: VotingPlans, embedding: int, decoder: int) -> None:
@@ -139,6 +142,7 @@ class VotingHead(nn.Module):
         )
         self.route_voxel = nn.Parameter(torch.randn(len(self.names), width) * 0.02)
         self.register_buffer("load", torch.zeros(len(self.names)))
+        self.register_buffer("turns", torch.zeros(plans.adaptive))
         self.register_buffer("temperature", torch.ones(()))
 
     @property
@@ -197,15 +201,17 @@ class VotingHead(nn.Module):
         return Ballot(heard, coarse, voxels, hidden, out, deltas, weights)
 
     @torch.no_grad()
-    def observe(self, weights: Tensor) -> None:
-        """Remember how much each expert is heard: what is heard more than its part counts less from now on.
+    def observe(self, ballot: Ballot) -> None:
+        """Remember how much each expert counts, and how often each adaptive one is heard: more than its part tells
+        against it from now on.
 
         Balances the load without a loss, as Wang et al. do for language models (arXiv 2408.15664).
-
-        Args:
-            weights: (B, E, V), of a ballot.
         """
-        self.load.mul_(MEMORY).add_((1 - MEMORY) * (weights.float().mean((0, 2)) - 1 / len(self.names)))
+        experts, adaptive = len(self.names), self.plans.adaptive
+        weights = ballot.of_all(experts).mean((0, 2))
+        heard = F.one_hot(ballot.heard, experts)[:, :, experts - adaptive :].sum(1).float().mean(0)
+        self.load.lerp_(weights - 1 / experts, 1 - MEMORY)
+        self.turns.lerp_(heard - self.plans.top / adaptive, 1 - MEMORY)
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
@@ -222,7 +228,7 @@ class VotingHead(nn.Module):
     def _heard(self, case: Tensor) -> Tensor:
         """(B, H) int64: the basic and all semantic experts, and the adaptive ones that fit each case best."""
         always = 1 + len(self.plans.semantic)
-        scores = case.detach()[:, always:] - LOAD * self.load[always:]
+        scores = case.detach()[:, always:] - LOAD * self.turns
         best = scores.topk(self.plans.top, dim=1).indices + always
         first = torch.arange(always, device=case.device).expand(len(case), -1)
         return torch.cat([first, best], dim=1)

@@ -133,9 +133,8 @@ class VotingStage(Stage):
         total = self.consistency * consistency
         self.log("consistency", consistency.detach())
         if self.balance:
-            weights = ballot.of_all(len(self.head.names))
-            self.head.observe(weights.detach())
-            total = total + self.balance * losses.balance_loss(weights)
+            self.head.observe(ballot)
+            total = total + self.balance * losses.balance_loss(ballot.of_all(len(self.head.names)))
         if self.route and self.progress < 1 / 3:  # basic comes first in a ballot, then the semantic ones in order
             total = total + self.route * losses.routing_loss(ballot.weights, group)
         if self.contrast_weight:
