@@ -202,10 +202,10 @@ class VotingHead(nn.Module):
 
     @torch.no_grad()
     def observe(self, ballot: Ballot) -> None:
-        """Remember how much each expert counts, and how often each adaptive one is heard: more than its part tells
-        against it from now on.
+        """Remember how much each expert counts, and how often each adaptive one is heard.
 
-        Balances the load without a loss, as Wang et al. do for language models (arXiv 2408.15664).
+        More than its part tells against it from now on. So the load is balanced without a loss, as Wang et al. do it
+        for language models (arXiv 2408.15664).
         """
         experts, adaptive = len(self.names), self.plans.adaptive
         weights = ballot.of_all(experts).mean((0, 2))

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from KA2ERSegment.training.losses import mask_loss, multi_class_loss, quality_loss, routing_loss, soft_dice
+from KA2ERSegment.training.losses import (
+    balance_loss,
+    mask_loss,
+    multi_class_loss,
+    quality_loss,
+    routing_loss,
+    soft_dice,
+    vote_loss,
+)
 
 HALF = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
 HALF[:, 0] = True
@@ -95,3 +103,21 @@ def test_routing_loss_asks_for_the_cases_own_expert() -> None:
     assert routing_loss(weights, torch.tensor([2, 0])).item() == pytest.approx(-math.log(0.3))
     assert routing_loss(weights, torch.tensor([1, 2])).item() == pytest.approx(-(math.log(0.5) + math.log(0.3)) / 2)
     assert routing_loss(weights, torch.tensor([0, 0])).item() == 0, "a case of no task asks for none"
+
+
+def test_vote_loss_is_what_each_expert_pays_by_its_weight() -> None:
+    """One voxel: an expert that is sure and right, one undecided; the truth is half a voxel in the second case."""
+    opinions = torch.tensor([[50.0, 0.0]])[..., None].expand(2, -1, -1)
+    weights = torch.tensor([[0.75, 0.25], [0.0, 1.0]])[..., None]
+    truth = torch.tensor([[1.0], [0.5]])
+    variance = 0.75 * 0.25 * 0.5**2  # of 1 and 0.5
+
+    expected = [0.25 * math.log(2) + 0.1 * variance, math.log(2)]
+    assert vote_loss(weights, opinions, truth).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_balance_loss_is_one_where_all_are_heard_alike_and_more_where_one_wins() -> None:
+    turns = torch.eye(4)[None]  # four experts, each with a voxel of its own
+
+    assert balance_loss(turns).item() == pytest.approx(1.0)
+    assert balance_loss(torch.tensor([1.0, 0, 0, 0])[None, :, None].expand(1, 4, 5)).item() == pytest.approx(4.0)

@@ -330,3 +330,22 @@ def test_a_task_must_have_the_classes_of_its_expert(a_workplace: Path, a_finishe
 
     assert result.exit_code == 2
     assert "task 'tiny_brain' must have the classes of its expert" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_voting_head_is_trained_last_or_alone(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
+    stage = {"steps": 1, "minutes": 5, "learning_rate": 1e-3, "seed": 1, "batch": 1, "clicks": 0, "compare": 1}
+    head = {"semantic": ["tiny_trunk"], "adaptive": 2, "width": 4}
+    config = settings(plans=tiny_plans(margin=0.5).to_json(), voting=stage | {"plans": head})
+    start = a_finished_run / "bundle"
+
+    result = run(a_workplace, tmp_path / "run", "--start", str(start), "--stage", "voting", config=config)
+
+    assert result.exit_code == 0, result.output
+    assert "Dice" in result.output
+    voted = load_bundle(tmp_path / "run" / "bundle")
+    assert voted.plans.voting is not None
+    assert voted.plans.margin == tiny_plans().margin, "the bundle's own plans count, not the config's"
+    before = load_bundle(start).weights()
+    assert all(torch.equal(voted.weights()[name], tensor) for name, tensor in before.items())
+    assert "voting" in " ".join(run(a_workplace, tmp_path / "none", "--stage", "nothing", config=config).output.split())
+    assert run(a_workplace, tmp_path / "none", "--stage", "voting").exit_code == 2, "not in this config"
