@@ -15,14 +15,16 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
+import torch.nn as nn
 import typer
 from safetensors.torch import load_file, save_file
 
 from KA2ERSegment.build import load_tensors, tensors_by_name
 from KA2ERSegment.bundle import Bundle, load_bundle
+from KA2ERSegment.encoders.expert import build_network
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training import STARTED
 from KA2ERSegment.training.calibrate import calibrate
@@ -45,7 +47,7 @@ def train(
         Path | None, typer.Option(help="Bundle to begin from; of the config's plans, but for 'voting'.")
     ] = None,
     stage: Annotated[
-        str, typer.Option(help="Only this stage: an expert's name, 'promptable', 'voting', 'calibration'.")
+        str, typer.Option(help="Only this stage: an expert's name, 'foundation', 'amalgamation', 'voting', ...")
     ] = "",
     data: Annotated[Path, typer.Option(help="Folder that holds the manifests' folders.")] = Path("../shared/data"),
     cache: Annotated[Path, typer.Option(help="Folder of packed items; made where missing.")] = Path("cache/train"),
@@ -66,7 +68,7 @@ def train(
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     settings = json.loads(config.read_text(encoding="utf-8"))
     plans = Plans.from_json(settings["plans"])
-    last = ("promptable", *({"voting"} & settings.keys()), "calibration")
+    last = ("foundation", "amalgamation", *({"voting"} & settings.keys()), "calibration")
     stages = ("", *(expert.name for expert in plans.experts), *last)
     if stage not in stages:
         message = f"stage must be one of {stages[1:]}, got {stage!r}."
@@ -92,8 +94,10 @@ def train(
         for expert, task in zip(plans.experts, tasks, strict=True):
             if stage in ("", expert.name) and not run.expert_weights(expert).exists():
                 _train_expert(run, expert, task)
-        if stage in ("", "promptable") and (resume or not (output / "bundle").exists()):
-            _train_promptable(run)
+        if (stage == "foundation" or (not stage and begin is None)) and not run.foundation.exists():
+            _train_promptable(run, "foundation")
+        if stage in ("", "amalgamation") and (resume or not (output / "bundle").exists()):
+            _train_promptable(run, "amalgamation")
         if stage in ("", "voting") and "voting" in settings and (resume or not report_of(run).exists()):
             train_voting(run, begin if stage and begin else load_bundle(output / "bundle"), held_out)
         if stage == "calibration":
@@ -107,7 +111,7 @@ def _begin(folder: Path | None, plans: Plans | None) -> Bundle | None:
     if folder is None:
         return None
     bundle = load_bundle(folder)
-    if plans is not None and bundle.plans.without("calibration") != plans.without("calibration"):
+    if plans is not None and bundle.plans.without("experts", "calibration") != plans.without("experts", "calibration"):
         message = f"--start must be a bundle of the config's plans; those of {str(folder)!r} differ."
         raise typer.BadParameter(message)
     return bundle
@@ -147,18 +151,25 @@ def _train_expert(run: Run, expert: ExpertPlans, task: ClassMap) -> None:
     trainer = fit(module, TargetDataset(own, sampling, module.seed, [task]), run.output / expert.name, run, **fitting)
     if trainer.is_global_zero:
         weights = {name: tensor.detach().contiguous() for name, tensor in module.encoder_weights().items()}
+        save_file({n: t.detach().contiguous() for n, t in module.decoder_weights().items()}, run.expert_decoder(expert))
         save_file(weights, run.expert_weights(expert))
     trainer.strategy.barrier()  # the next stage reads the file
 
 
-def _train_promptable(run: Run) -> None:
-    plans, options = run.plans, run.budget("promptable")
+def _train_promptable(run: Run, stage: str) -> None:
+    """The stage 'foundation', without experts, or 'amalgamation', from there or from the bundle to begin from."""
+    options = run.budget(stage)
     fitting = _fitting(options)
-    experts = {expert.name: load_file(run.expert_weights(expert)) for expert in plans.experts}
-    module = PromptableStage(plans, experts, **options)
+    plans = run.plans.without("experts") if stage == "foundation" else run.plans
+    trained = [expert for expert in plans.experts if run.expert_weights(expert).exists() or stage == "amalgamation"]
+    experts = {expert.name: load_file(run.expert_weights(expert)) for expert in trained}
+    decoders = _decoders(run) if stage == "amalgamation" and options.get("predictions", 1) else {}
+    module = PromptableStage(plans, experts, **options, decoders=decoders)
     share = float(run.settings.get("shrink", 1.0))
-    if run.start is not None:  # bundles hold the learnt part scaled
-        load_tensors(module.model, run.start.weights())
+    start = load_bundle(run.foundation) if stage == "amalgamation" and run.foundation.exists() else run.start
+    if start is not None:  # bundles hold the learnt part scaled
+        own = {name: tensor for name, tensor in tensors_by_name(module.model).items() if name.startswith("experts.")}
+        load_tensors(module.model, start.weights() | own)
         module.model.mask_decoder.shrink(1 / share)
     sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
     dataset = TargetDataset(run.items, sampling, module.seed, run.tasks)
@@ -168,22 +179,35 @@ def _train_promptable(run: Run) -> None:
     def leave(folder: Path) -> None:
         """Write a bundle of the model as it is now."""
         hardware = describe(module.device, run.ranks)
-        before = f"begun from bundle {run.start.identity}; " if run.start else ""
+        before = f"begun from bundle {start.identity}; " if start else ""
         about = (
-            f"{before}{module.global_step} steps of {patches} patches, {module.minutes_spent:.0f} minutes on "
-            f"{hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against the "
-            "geodesic prior."
+            f"{before}stage {stage!r}: {module.global_step} steps of {patches} patches, {module.minutes_spent:.0f} "
+            f"minutes on {hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against "
+            "the geodesic prior."
         )
         model = copy.deepcopy(module.model)
         model.mask_decoder.shrink(share)
         write_bundle(folder, plans, tensors_by_name(model), run.items, about, run.settings["share_alike"])
 
-    trainer = fit(
-        module, dataset, run.output / "promptable", run, **fitting, leave=functools.partial(leave, unfinished)
-    )
+    trainer = fit(module, dataset, run.output / stage, run, **fitting, leave=functools.partial(leave, unfinished))
     if trainer.is_global_zero:
-        leave(run.output / "bundle")
+        leave(run.foundation if stage == "foundation" else run.output / "bundle")
         shutil.rmtree(unfinished, ignore_errors=True)
+    trainer.strategy.barrier()  # the next stage reads the bundle
+
+
+def _decoders(run: Run) -> dict[str, nn.Module]:
+    """Of the experts whose whole network was trained here: only their predictions can be distilled."""
+    decoders = {}
+    for expert in run.plans.experts:
+        if not run.expert_decoder(expert).exists():
+            logger.warning("expert %s has no decoder in %s: its predictions are not distilled", expert.name, run.output)
+            continue
+        network = build_network(expert, deep_supervision=False)
+        encoder = {f"encoder.{name}": tensor for name, tensor in load_file(run.expert_weights(expert)).items()}
+        load_tensors(network, encoder | load_file(run.expert_decoder(expert)))
+        decoders[expert.name] = cast("nn.Module", network.decoder)
+    return decoders
 
 
 def _fitting(options: dict[str, Any]) -> dict[str, Any]:

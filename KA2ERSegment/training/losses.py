@@ -87,3 +87,25 @@ def balance_loss(weights: Tensor) -> Tensor:
     experts = weights.shape[1]
     winners = F.one_hot(weights.argmax(1), experts).float().mean((0, 1))
     return experts * (winners * weights.mean((0, 2))).sum()
+
+
+def feature_loss(learnt: Tensor, taught: Tensor) -> Tensor:
+    """Mean absolute difference of features (B, N, C), (B,); no gradient reaches `taught`."""
+    return (learnt.float() - taught.float().detach()).abs().flatten(1).mean(1)
+
+
+def prediction_loss(logits: Tensor, taught: Tensor, where: Tensor, temperature: float = 2.0) -> Tensor:
+    """KL divergence of tempered probabilities from a teacher's, (B,); 0 where there is nothing to be learnt.
+
+    Args:
+        logits: (B, S, S, S).
+        taught: (B, S, S, S), the teacher's logits; no gradient reaches them.
+        where: (B, S, S, S) bool, samples that count.
+        temperature: by which both are divided.
+    """
+    own, theirs = logits.float() / temperature, taught.float().detach() / temperature
+    probability = theirs.sigmoid()
+    cross = F.binary_cross_entropy_with_logits(own, probability, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(theirs, probability, reduction="none")
+    counted = where.float().flatten(1)
+    return ((cross - entropy).flatten(1) * counted).sum(1) / counted.sum(1).clamp_min(1)

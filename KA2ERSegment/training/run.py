@@ -95,6 +95,15 @@ class Run:
         """Where an expert's stage leaves its encoder."""
         return self.output / f"{expert.name}.safetensors"
 
+    def expert_decoder(self, expert: ExpertPlans) -> Path:
+        """Where it leaves the rest of its network, which the bundle does not need."""
+        return self.output / f"{expert.name}-decoder.safetensors"
+
+    @property
+    def foundation(self) -> Path:
+        """The bundle that the stage 'foundation' leaves: experts are switched off in it."""
+        return self.output / "bundle-foundation"
+
 
 def fit(
     module: Stage,

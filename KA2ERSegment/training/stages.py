@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from KA2ERSegment.build import build_model, load_tensors, tensors_by_name
 from KA2ERSegment.encoders.expert import Expert, build_network
+from KA2ERSegment.model import PatchFeatures
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.preprocessing import normalise
 from KA2ERSegment.training import losses, synthesis
+from KA2ERSegment.training.distillation import Distillation, Overheard, overhear
 from KA2ERSegment.training.sampling import IGNORE, raw_patch
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
@@ -133,9 +135,16 @@ class ExpertStage(Stage):
         """What the bundle keeps: the encoder."""
         return tensors_by_name(cast("torch.nn.Module", self.network.encoder))
 
+    def decoder_weights(self) -> dict[str, Tensor]:
+        """What the amalgamation's training asks for predictions: the rest of the network."""
+        return {name: t for name, t in tensors_by_name(self.network).items() if not name.startswith("encoder.")}
+
 
 class PromptableStage(Stage):
     """Foundation, amalgamation, prompt encoder and mask decoder around frozen experts.
+
+    With plans whose amalgamation is off it is the stage 'foundation': experts are not asked and their arms not trained.
+    Else it is the stage 'amalgamation', with expert dropout, a routing loss in its first third, and distillation.
 
     Args:
         plans: of the model.
@@ -145,6 +154,9 @@ class PromptableStage(Stage):
         learning_rate: at its peak.
         seed: of the random state.
         clicks: decoder passes after the first.
+        features: weight of feature distillation.
+        predictions: weight of prediction distillation.
+        decoders: of the experts' nnU-Nets, by expert name; predictions of experts without one are not distilled.
     """
 
     def __init__(
@@ -156,10 +168,16 @@ class PromptableStage(Stage):
         learning_rate: float,
         seed: int,
         clicks: int = 2,
+        features: float = 0.5,
+        predictions: float = 0.5,
+        decoders: Mapping[str, torch.nn.Module] | None = None,
     ) -> None:
         super().__init__(steps, minutes, learning_rate, seed)
+        self.amalgamates = plans.amalgamation.enabled and plans.amalgamation.kind != "foundation"
+        self.features, self.predictions = (features, predictions) if self.amalgamates else (0.0, 0.0)
         with seeded(seed):
             self.model = build_model(plans)
+            self.distillation = Distillation(self.model.arms, plans.width, decoders if self.predictions else None)
         for name, weights in experts.items():
             load_tensors(cast("Expert", self.model.experts[name]).encoder, weights)
         self.model = _channels_last(self.model)
@@ -168,25 +186,39 @@ class PromptableStage(Stage):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """First prompt, then clicks in the error; the patch is encoded once, as in use."""
         self.model.experts.eval()
+        self.distillation.decoders.eval()
         shown, target = self.shown(batch), batch["target"]
         raw = raw_patch(batch, shown) if self.model.reads_raw else None
-        features = self.model.encode(normalise(shown, batch["inside"]), self._arms(len(shown)), raw)
+        with overhear(self.model, self.distillation.decoders.keys()) as heard:
+            features = self.model.encode(normalise(shown, batch["inside"]), self._arms(len(shown)), raw)
+        taught = self.distillation.taught(heard, batch["task"], batch["classes"], target) if self.predictions else None
         prompts = first_prompts(target, batch["box"], batch["outside"], self.generator)
         total = torch.zeros((), device=self.device)
         for click in range(self.clicks + 1):
             decoded = self.model.decode(features, prompts)
             loss = losses.mask_loss(decoded.logits, target)
             loss = loss + 0.2 * losses.quality_loss(decoded.quality, decoded.logits, target)
+            if taught is not None:
+                loss = loss + self.predictions * losses.prediction_loss(decoded.logits, *taught)
             total = total + loss.mean() / (self.clicks + 1)
             self.log(f"dice{click}", losses.soft_dice(decoded.logits, target).mean().detach(), prog_bar=True)
             if click < self.clicks:
                 prompts = next_prompts(prompts, decoded.logits, target, self.generator)
-        route = losses.routing_loss(features.weights, batch["task"] * features.present.all(1))
-        self.log("route", route.detach())
-        if self.progress < 1 / 3:  # later the voxel routing may depart from the task's identity
-            total = total + 0.05 * route
+        if self.amalgamates:
+            total = total + self._from_experts(features, heard, batch["task"])
         self.log("loss", total.detach(), prog_bar=True)
-        return total + 0.0 * route
+        return total
+
+    def _from_experts(self, features: PatchFeatures, heard: Overheard, task: Tensor) -> Tensor:
+        """Losses on the embedding: which expert is heard, and what its features teach."""
+        route = losses.routing_loss(features.weights, task * features.present.all(1))
+        self.log("route", route.detach())
+        total = (0.05 if self.progress < 1 / 3 else 0.0) * route  # later routing may depart from the task's identity
+        if self.features:
+            taught = self.distillation.feature_loss(self.model, heard, task)
+            self.log("features", taught.detach())
+            total = total + self.features * taught
+        return total
 
     def _arms(self, batch: int) -> Tensor:
         """Which arms each case may use: expert dropout, so that one set of weights serves with all, some or none."""

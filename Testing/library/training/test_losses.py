@@ -9,8 +9,10 @@ import torch
 
 from KA2ERSegment.training.losses import (
     balance_loss,
+    feature_loss,
     mask_loss,
     multi_class_loss,
+    prediction_loss,
     quality_loss,
     routing_loss,
     soft_dice,
@@ -121,3 +123,35 @@ def test_balance_loss_is_one_where_all_are_heard_alike_and_more_where_one_wins()
 
     assert balance_loss(turns).item() == pytest.approx(1.0)
     assert balance_loss(torch.tensor([1.0, 0, 0, 0])[None, :, None].expand(1, 4, 5)).item() == pytest.approx(4.0)
+
+
+def test_feature_loss_is_the_mean_difference_and_moves_the_learner_alone() -> None:
+    learnt, taught = torch.zeros(2, 3, 4, requires_grad=True), torch.ones(2, 3, 4, requires_grad=True)
+    loss = feature_loss(learnt, taught * torch.tensor([1.0, -2.0])[:, None, None])
+    loss.sum().backward()
+
+    assert loss.tolist() == [1.0, 2.0]
+    assert learnt.grad is not None
+    assert taught.grad is None
+
+
+def test_prediction_loss_is_the_divergence_from_the_teacher() -> None:
+    """KL(0.5 || 0.9) with both logits divided by two."""
+    logits = torch.full((1, 2, 2, 2), 2 * math.log(9), requires_grad=True)
+    taught = torch.zeros(1, 2, 2, 2, requires_grad=True)
+    loss = prediction_loss(logits, taught, HALF)
+    loss.sum().backward()
+
+    assert loss.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), abs=1e-6)
+    assert logits.grad is not None
+    assert (logits.grad[~HALF] == 0).all()
+    assert (logits.grad[HALF] > 0).all(), "down, towards the teacher"
+    assert taught.grad is None
+
+
+def test_prediction_loss_is_0_where_they_agree_and_where_nothing_is_taught() -> None:
+    logits = torch.randn(2, 2, 2, 2)
+    where = torch.stack([HALF[0], torch.zeros_like(HALF[0])])
+
+    assert prediction_loss(logits, logits, HALF.expand(2, 2, 2, 2)).abs().max() < 1e-6
+    assert prediction_loss(logits, -logits, where)[1] == 0

@@ -39,7 +39,8 @@ def settings(**changes: Any) -> dict[str, Any]:
         "plans": tiny_plans().to_json(),
         "tasks": {name: {"items": "^one", "classes": CLASSES} for name in ("tiny_trunk", "tiny_brain")},
         "expert": stage,
-        "promptable": stage | {"clicks": 1},
+        "foundation": stage | {"clicks": 1},
+        "amalgamation": stage | {"clicks": 1},
         "sampling": {},
         **changes,
     }
@@ -113,7 +114,7 @@ def test_experts_are_trained_and_then_frozen(a_finished_run: Path) -> None:
 
 
 def test_every_stage_leaves_a_checkpoint_and_a_log(a_finished_run: Path) -> None:
-    for stage in ("tiny_trunk", "tiny_brain", "promptable"):
+    for stage in ("tiny_trunk", "tiny_brain", "foundation", "amalgamation"):
         assert steps_of(a_finished_run / stage / "last.ckpt") == 2
         assert list((a_finished_run / stage).glob("events.out.tfevents.*"))
 
@@ -148,7 +149,7 @@ def test_a_bundle_is_calibrated_in_its_place_and_can_be_begun_from(a_workplace: 
 
 def test_a_run_can_begin_from_a_bundle(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
     """No expert is trained again, and with no step left to do the answer is the bundle's own, shrunk and all."""
-    config = settings(shrink=0.5, promptable=settings()["promptable"] | {"steps": 1, "learning_rate": 0.0})
+    config = settings(shrink=0.5, amalgamation=settings()["amalgamation"] | {"steps": 1, "learning_rate": 0.0})
     output = tmp_path / "further"
 
     result = run(a_workplace, output, "--start", str(a_finished_run / "bundle"), config=config)
@@ -232,14 +233,14 @@ def test_a_call_that_must_end_leaves_what_the_next_one_needs(
 ) -> None:
     """Stopped before its first step, with small checkpoints and an average; then it goes on to the end."""
     start = str(a_finished_run / "bundle")
-    config = settings(promptable=settings()["promptable"] | {"steps": 3, "average": 0.9})
+    config = settings(amalgamation=settings()["amalgamation"] | {"steps": 3, "average": 0.9})
     output = tmp_path / "run"
     go = partial(run, a_workplace, output, "--start", start, "--compact", config=config)
 
     assert go("--stop-after", "1e-6").exit_code == 0
     first = load_bundle(output / "bundle-unfinished").weights()
     assert not (output / "bundle").exists(), "an unfinished stage is not done"
-    checkpoint = torch.load(output / "promptable" / "last.ckpt", weights_only=False)
+    checkpoint = torch.load(output / "amalgamation" / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == 0
     assert all(first[name].equal(value) for name, value in load_bundle(start).weights().items()), "nothing was done yet"
 
@@ -260,15 +261,15 @@ def test_a_compact_checkpoint_goes_on_as_a_full_one_does(
     a_workplace: Path, a_finished_run: Path, tmp_path: Path
 ) -> None:
     """The same weights to the precision of float16, the same second moments, none of what the bundle has already."""
-    config = settings(promptable=settings()["promptable"] | {"average": 0.9})
+    config = settings(amalgamation=settings()["amalgamation"] | {"average": 0.9})
     start = ("--start", str(a_finished_run / "bundle"))
     found = {}
     for name, options in (("full", []), ("compact", ["--compact"])):
         assert run(a_workplace, tmp_path / name, *start, *options, config=config).exit_code == 0
         assert run(a_workplace, tmp_path / name, *start, *options, "--resume", config=config).exit_code == 0
         found[name] = load_bundle(tmp_path / name / "bundle").weights()
-    sizes = {name: (tmp_path / name / "promptable" / "last.ckpt").stat().st_size for name in found}
-    small = torch.load(tmp_path / "compact" / "promptable" / "last.ckpt", weights_only=False)
+    sizes = {name: (tmp_path / name / "amalgamation" / "last.ckpt").stat().st_size for name in found}
+    small = torch.load(tmp_path / "compact" / "amalgamation" / "last.ckpt", weights_only=False)
 
     assert sizes["compact"] < sizes["full"] / 2
     assert not any(".experts." in name for name in small["state_dict"])
@@ -279,7 +280,7 @@ def test_a_compact_checkpoint_goes_on_as_a_full_one_does(
 
 def test_a_killed_run_leaves_a_bundle(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
     path, output = tmp_path / "config.json", tmp_path / "run"
-    path.write_text(json.dumps(settings(promptable=settings()["promptable"] | {"steps": 10_000})))
+    path.write_text(json.dumps(settings(amalgamation=settings()["amalgamation"] | {"steps": 10_000})))
     command_line = [sys.executable, "-m", "KA2ERSegment.training", "--config", path, "--output", output]
     command_line += ["--cache", a_workplace / "cache", "--start", a_finished_run / "bundle", "--device", "cpu"]
     process = subprocess.Popen([*map(str, command_line), "--save-every", "0.01"], stderr=subprocess.DEVNULL)
@@ -294,7 +295,7 @@ def test_a_killed_run_leaves_a_bundle(a_workplace: Path, a_finished_run: Path, t
         process.wait()
 
     assert load_bundle(output / "bundle-unfinished").weights()
-    assert steps_of(output / "promptable" / "last.ckpt") > 0
+    assert steps_of(output / "amalgamation" / "last.ckpt") > 0
 
 
 def test_start_up_counts_as_time_spent(

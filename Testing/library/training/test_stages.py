@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import pytest
 import torch
+from torch import Tensor
 
-from KA2ERSegment.build import tensors_by_name
+from KA2ERSegment.build import build_model, tensors_by_name
+from KA2ERSegment.encoders.expert import build_network
+from KA2ERSegment.plans import Plans
 from KA2ERSegment.testing import tiny_plans
-from KA2ERSegment.training.stages import ExpertStage
+from KA2ERSegment.training.sampling import Mode
+from KA2ERSegment.training.stages import ExpertStage, PromptableStage
 
 PLANS = tiny_plans()
 
@@ -57,3 +62,84 @@ def test_any_other_step_is_made() -> None:
     optimizer.step()
 
     assert not any(torch.equal(tensor, before[name]) for name, tensor in stage.named_parameters())
+
+
+def a_batch() -> dict[str, Tensor]:
+    """Two cases: one of the first expert's task with a box, one of none with a click."""
+    size = PLANS.patch_size
+    target = torch.zeros(2, size, size, size, dtype=torch.bool)
+    target[:, 8:20, 9:22, 10:24] = True
+    box = target & torch.tensor([True, False])[:, None, None, None]
+    image = target * 100.0 + torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    return {
+        "labels": target.long(), "image": image, "inside": torch.ones_like(target), "target": target, "box": box,
+        "outside": box.flatten(1).any(1)[:, None, None, None] & ~box,
+        "classes": torch.where(torch.tensor([True, False])[:, None, None, None], target.long(), 255),
+        "step": torch.ones(2, 3), "statistics": torch.zeros(2, 6), "real": torch.ones(2, dtype=torch.bool),
+        "mode": torch.tensor([Mode.BOX.value, Mode.CLICK.value]), "task": torch.tensor([1, 0]),
+    }  # fmt: skip
+
+
+def trained(
+    plans: Plans, monkeypatch: pytest.MonkeyPatch, **options: float
+) -> tuple[PromptableStage, dict[str, float]]:
+    """A stage after two steps, and what it logged; experts as in a model of seed 5."""
+    torch.manual_seed(5)
+    model = build_model(plans)
+    experts = {name: tensors_by_name(expert.encoder) for name, expert in model.experts.items()}
+    network = build_network(plans.experts[0], deep_supervision=False)
+    stage = PromptableStage(
+        plans, experts, 2, 1.0, 1e-2, 1, clicks=1, decoders={"tiny_trunk": network.decoder}, **options
+    )
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(stage, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    optimizer = stage.configure_optimizers()
+    for step in range(2):
+        optimizer.zero_grad()
+        stage.training_step(a_batch(), step).backward()
+        optimizer.step()
+    return stage, logged
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+
+
+def test_the_amalgamation_learns_and_its_experts_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    given = digests({f"experts.{n}": t for n, t in tensors_by_name(build_model(PLANS).experts).items()})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        begun = digests(tensors_by_name(build_model(PLANS)))
+    stage, logged = trained(PLANS, monkeypatch)
+    found = digests(tensors_by_name(stage.model))
+
+    assert {name: found[name] for name in given} == given
+    still = {name for name in found.keys() - given.keys() if found[name] == begun[name]}
+    assert not {name for name in still if name.startswith(("foundation.", "merge.", "mask_decoder.", "amalgamation."))}
+    assert logged["features"] > 0
+
+
+def test_the_foundation_learns_without_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only experts need stays as it was; no expert is run."""
+    plans = PLANS.without("experts")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        begun = digests(tensors_by_name(build_model(plans)))
+    stage, logged = trained(plans, monkeypatch)
+    found = digests(tensors_by_name(stage.model))
+    moved = {name for name in found if found[name] != begun[name] and not name.startswith("experts.")}
+
+    assert any(name.startswith("foundation.") for name in moved)
+    assert any("self_attention" in name for name in moved)
+    assert not [name for name in moved if "project_experts" in name or "cross_attention" in name]
+    assert not logged.keys() & {"features", "route"}
+
+
+def test_distillation_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, with_both = trained(PLANS, monkeypatch)
+    stage, without = trained(PLANS, monkeypatch, features=0.0, predictions=0.0)
+
+    assert "features" not in without
+    assert not stage.distillation.decoders
+    assert with_both["loss"] != without["loss"]
