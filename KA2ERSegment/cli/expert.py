@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from KA2ERSegment.plans import ExpertPlans
 
 
-app = typer.Typer(help="List a bundle's experts, add a lab's own nnU-Net, take one out.", no_args_is_help=True)
+app = typer.Typer(help="A bundle's experts: list, train, add and remove.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -32,6 +32,52 @@ def expert_list(
         for expert in bundle.plans.experts:
             table.add_row(expert.name, expert.task, ", ".join(expert.classes), expert.licence or "the bundle's")
         run.say(table)
+
+
+@app.command("train")
+def expert_train(
+    task: Annotated[str, typer.Argument(help="Name of the task, as in --tasks.")],
+    manifest: Annotated[Path, typer.Option("--manifest", help="manifest.csv; its split 'train' is used.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, for data, plans and results.")],
+    tasks: Annotated[
+        Path | None, typer.Option("--tasks", help="JSON with tasks; default: trunk_ct, brain_mr and heart_mr.")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="nnU-Net's own number is 1000.")] = 1000,
+    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Of an epoch.")] = 250,
+    fold: Annotated[str, typer.Option("--fold", help="all, or 0 to 4 to hold subjects out.")] = "all",
+    channels: Annotated[
+        int, typer.Option("--channels", min=4, help="Of the first stage; 16 keeps a bundle small.")
+    ] = 32,
+    memory: Annotated[
+        float | None, typer.Option("--gpu-memory", min=1.0, help="GB of GPU memory to plan for; default: nnU-Net's.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    *,
+    share_alike: Annotated[bool, typer.Option("--share-alike", help="Use items under such licences too.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --output.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an nnU-Net v2 on a task's items; `expert add` takes what comes out."""
+    with running(as_json) as run, run.report() as progress:
+        progress("starting", 0.0)
+        from KA2ERSegment.session import find_device
+        from KA2ERSegment.training.nnunet import read_task, train_nnunet
+        from KA2ERSegment.training.nnunet_process import Options
+
+        where = find_device(device.value).type
+        options = Options(epochs, iterations, fold, where, channels, memory, resume)
+        done = train_nnunet(read_task(task, tasks), manifest, output, options, progress, share_alike)
+        run.result(
+            {
+                "results": str(done.folder),
+                "images": str(done.raw),
+                "cases": done.cases,
+                "classes": list(done.classes),
+                "licences": list(done.licences),
+            }
+        )
+        run.say(f"{done.cases} cases, classes {', '.join(done.classes)}; licences {', '.join(done.licences)}")
+        run.say(f"add it: ka2ersegment expert add {done.folder} --images {done.raw} --name {task} --license ...")
 
 
 @app.command("add")

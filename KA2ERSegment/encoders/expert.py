@@ -54,6 +54,8 @@ class Expert(nn.Module):
         self.encoder = encoder
         self.strides = strides
         self.channels = {max(stride): count for stride, count in zip(strides, channels, strict=True)}
+        if plans.reads_raw:  # `read` lays any stage on any grid
+            self.channels |= {stride: channels[stage_at(strides, stride)] for stride in (8, 16)}
 
     def forward(self, image: Tensor) -> dict[int, Tensor]:
         """Features by stride.
@@ -92,18 +94,19 @@ def features_on_patch(
     raw: RawPatch,
     strides: Sequence[int],
 ) -> dict[int, Tensor]:
-    """Features of an nnU-Net's encoder at strides of the patch; `Expert.read` for any number of stages.
-
-    Of several stages of one stride the last counts.
-    """
-    last = {max(stride): stage for stage, stride in enumerate(stages)}
+    """Features of an nnU-Net's encoder at strides of the patch, from `stage_at`; `Expert.read` for any encoder."""
     size = raw.values.shape[-1]
     found: dict[int, list[Tensor]] = {stride: [] for stride in strides}
     for case in range(len(raw.values)):  # each has a grid of its own
         maps = encoder(network_input(plans, raw.case(case), stages[-1]))
         for stride in strides:
-            found[stride].append(on_patch(maps[last[stride]], plans, size // stride))
+            found[stride].append(on_patch(maps[stage_at(stages, stride)], plans, size // stride))
     return {stride: torch.cat(cases) for stride, cases in found.items()}
+
+
+def stage_at(stages: Sequence[tuple[int, int, int]], stride: int) -> int:
+    """The stage whose features stand for a stride: the last one that is not coarser; the first where all are."""
+    return max([n for n, total in enumerate(stages) if max(total) <= stride], default=0)
 
 
 def build_network(plans: ExpertPlans, deep_supervision: bool, outputs: int = 0) -> nn.Module:

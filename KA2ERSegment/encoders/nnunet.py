@@ -51,21 +51,10 @@ class FoundExpert:
 def read_results(
     folder: Path, name: str = "", fold: str = "", task: str = "", licence: str = "not stated"
 ) -> FoundExpert:
-    """The encoder in a results folder, up to stride 16; arguments and errors are those of `Results.read`.
-
-    Raises:
-        BundleError: also where the network ends before stride 16.
-    """
+    """The encoder in a results folder, up to stride 16; arguments and errors are those of `Results.read`."""
     results = Results.read(folder, name, fold, task, licence)
     plans = replace(results.plans, arch_kwargs=_cut(results.plans.arch_kwargs))
-    built = Expert(plans)
-    if not built.channels.keys() >= set(NEEDED):
-        message = (
-            f"the network of {str(results.file)!r} must have stages of strides {NEEDED}, it has "
-            f"{list(built.channels)}. Train one with larger patches: nnU-Net then plans more stages."
-        )
-        raise BundleError(message)
-    return FoundExpert(plans, _tensors(built.encoder, results, "encoder."))
+    return FoundExpert(plans, _tensors(Expert(plans).encoder, results, "encoder."))
 
 
 class NnUNet(nn.Module):
@@ -108,7 +97,7 @@ class NnUNet(nn.Module):
 
         Args:
             raw: (B, S, S, S) grey values, on the network's device.
-            strides: of the patch; the encoder must have a stage of each.
+            strides: of the patch; where the encoder has no stage of one, the last that is not coarser stands for it.
 
         Returns:
             {stride: (B, C, S/stride, ...)} float32 on the patch's own grid, KJI.

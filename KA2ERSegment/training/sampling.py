@@ -43,15 +43,23 @@ class ClassMap:
 
     def covers(self, item: TrainingItem) -> bool:
         """Whether the item belongs to the task."""
-        return re.search(self.items, f"{item.name} {item.modality} {item.region}".lower()) is not None
+        return self.matches(item.name, item.modality, item.region)
+
+    def matches(self, name: str, modality: str, region: str) -> bool:
+        """Whether an item of a manifest belongs to the task."""
+        return re.search(self.items, f"{name} {modality} {region}".lower()) is not None
 
     def classes(self, item: TrainingItem, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Class of each sample: 0 background, n the n-th class; 0 too for labels of no class."""
+        return self.table(item.names)[labels]
+
+    def table(self, names: dict[int, str]) -> npt.NDArray[np.int64]:
+        """(65536,) class of each label value, by the labels' names."""
         table = np.zeros(65536, dtype=np.int64)
-        for value, name in item.names.items():
+        for value, name in names.items():
             hits = [n for n, words in enumerate(self.names.values(), start=1) if re.search(words, name.lower())]
             table[value] = hits[0] if hits else 0
-        return table[labels]
+        return table
 
 
 class Mode(Enum):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from KA2ERSegment.build import build_model
 from KA2ERSegment.bundle import Bundle, load_bundle
 from KA2ERSegment.cli import app
 from KA2ERSegment.encoders.expert import Expert, build_network
@@ -27,7 +28,7 @@ from KA2ERSegment.encoders.reading import normalised
 from KA2ERSegment.errors import BundleError, VolumeError
 from KA2ERSegment.experts import Content, arm_tensors, with_expert
 from KA2ERSegment.plans import Normalisation
-from KA2ERSegment.preprocessing import RawPatch, image_statistics
+from KA2ERSegment.preprocessing import RawPatch, image_statistics, normalise
 from KA2ERSegment.testing import tiny_bundle
 from KA2ERSegment.training.arm import train_arm
 from KA2ERSegment.training.raw_dataset import RawDataset
@@ -235,6 +236,24 @@ def test_stages_beyond_stride_16_are_left_out(a_lab: Path) -> None:
     assert read_results(folder).plans.arch_kwargs["n_stages"] == 5
 
 
+def test_an_encoder_of_few_stages_is_read_at_both_strides_all_the_same(a_copy: Path, a_bundle: Bundle) -> None:
+    """Of small images nnU-Net plans networks that end early; here, at stride 4."""
+    kwargs = json.loads((a_copy / "plans.json").read_text())["configurations"]["3d_fullres"]["architecture"][
+        "arch_kwargs"
+    ]
+    flat = [[1, 1, 1], [2, 2, 2], [2, 2, 2], *[[1, 1, 1]] * (kwargs["n_stages"] - 3)]
+    rewrite_json(a_copy / "plans.json", lambda p: configuration(p)["architecture"]["arch_kwargs"].update(strides=flat))
+    found = read_results(a_copy)
+    content = with_expert(Content.of(a_bundle), found.plans, found.tensors)
+    values = torch.randn(1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    raw = RawPatch.without_unit(values, torch.ones_like(values, dtype=torch.bool), torch.ones(1, 3))
+    with torch.no_grad():
+        features = build_model(content.plans, dict(content.tensors)).encode(normalise(values, raw.inside), raw=raw)
+
+    assert {stride: f.shape[2] for stride, f in features.experts[-1].items()} == {8: 4, 16: 2}
+    assert features.embedding.isfinite().all()
+
+
 def test_plans_of_nnunet_before_2_4_are_read_too(a_copy: Path, a_found_expert: FoundExpert) -> None:
     def to_former(plans: dict[str, Any]) -> None:
         settings = configuration(plans)
@@ -269,10 +288,7 @@ def test_plans_of_nnunet_before_2_4_are_read_too(a_copy: Path, a_found_expert: F
         (lambda p: configuration(p).update(inherits_from="3d_fullres", patch_size=None), "3D configuration"),
         (lambda p: p.pop("configurations"), "'configurations'"),
         (lambda p: configuration(p)["architecture"].update(network_class_name="os.system"), "no network class"),
-        (
-            lambda p: configuration(p)["architecture"]["arch_kwargs"].update(strides=[1] * 5),
-            "must have stages of strides",
-        ),
+        (lambda p: configuration(p)["architecture"]["arch_kwargs"].update(strides=[[1, 1]] * 5), "three axes"),
         (
             lambda p: configuration(p)["architecture"]["arch_kwargs"]["features_per_stage"].__setitem__(0, 8),
             "two train",
