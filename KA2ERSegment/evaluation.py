@@ -436,9 +436,9 @@ def evaluate(
             on_progress(len(state().results), len(tasks), result)
     final = state()
     final.save(folder)
-    from KA2ERSegment.pictures import picture_of_dice_against_clicks
+    from KA2ERSegment.charts import chart_of_sources
 
-    picture_of_dice_against_clicks(folder / "dice_against_clicks.png", final.sources)
+    chart_of_sources(folder / "dice_against_clicks.png", final.sources)
     return final
 
 

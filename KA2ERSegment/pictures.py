@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _INK, _PAPER, _FAINT = "#e8eaed", "#15181c", "#9aa0a6"
 _MASK, _REFERENCE, _BOX = "#ffd23f", "#4cc9f0", "#ff9e64"
 _POSITIVE, _NEGATIVE = "#52e07c", "#ff5a5f"
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,42 +96,49 @@ def picture_of_prediction(
     figure.savefig(Path(path), dpi=100, facecolor=_PAPER)
 
 
-def picture_of_dice_against_clicks(
-    path: str | os.PathLike[str], sources: Mapping[str, Mapping[str, float | None]], title: str = "Dice against clicks"
-) -> None:
-    """One line per source: Dice with the box alone (where there was one) and after each click.
+@dataclass(frozen=True, slots=True)
+class Opinions:
+    """One case of `picture_of_opinions`.
+
+    Args:
+        title: beside its row.
+        volume: the image.
+        mask: (K, J, I) bool, the result.
+        reference: (K, J, I) bool, a label to compare with.
+        maps: title to (K, J, I) map in 0..1: what each expert says, how far they disagree.
+    """
+
+    title: str
+    volume: Volume
+    mask: BoolArray
+    reference: BoolArray
+    maps: Mapping[str, npt.NDArray[Any]]
+
+
+def picture_of_opinions(path: str | os.PathLike[str], cases: Sequence[Opinions]) -> None:
+    """A row for each case: a slice with mask and reference, then the same slice under each map.
 
     Args:
         path: picture to write.
-        sources: name to means with `box_dice` and `dsc1` to `dsc5`; `mean over sources` is drawn thick.
-        title: above the picture.
+        cases: with the same number of maps, at least one.
     """
-    figure = _figure(8.6, 5.2, "white")
-    axes = figure.add_axes((0.075, 0.11, 0.56, 0.8))
-    with_box = any(means["box_dice"] is not None for means in sources.values())
-    for n, (source, means) in enumerate(sources.items()):
-        scores = [means["box_dice"], *(means[f"dsc{c}"] for c in range(1, 6))]
-        points = [(x, y) for x, y in enumerate(scores) if y is not None]
-        x, y = [p[0] for p in points], [p[1] for p in points]
-        label = f"{source}  (AUC {means['dsc_auc']:.2f})"
-        if source == "mean over sources":
-            axes.plot(x, y, color="black", linewidth=3, marker="o", markersize=6, label=label, zorder=5)
-        else:
-            style = ("-", "--", ":")[n // len(_LINES) % 3]
-            colour = _LINES[n % len(_LINES)]
-            axes.plot(x, y, style, color=colour, linewidth=1.4, marker="o", markersize=3.5, label=label)
-    axes.set_xlim(-0.15 if with_box else 0.85, 5.15)
-    axes.set_ylim(0, 1)
-    axes.set_xticks(range(0 if with_box else 1, 6), [*(["box"] if with_box else []), *"12345"])
-    axes.set_xlabel("clicks" + (" after the box" if with_box else ", no box"))
-    axes.set_ylabel("Dice, mean per source")
-    axes.set_title(title, loc="left", fontsize=12)
-    axes.grid(visible=True, color="#e3e5e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8.5)
-    figure.savefig(Path(path), dpi=110, bbox_inches="tight")  # long names of sources stay whole
+    columns = 1 + max(len(case.maps) for case in cases)
+    rows = len(cases)
+    figure = _figure(2.5 * columns, 2.75 * rows + 0.4, _PAPER)
+    bottom = 0.4 / (2.75 * rows + 0.4)
+    grid = figure.add_gridspec(rows, columns, left=0.03, right=0.99, top=0.95, bottom=bottom, hspace=0.12, wspace=0.04)
+    for row, case in enumerate(cases):
+        scene = _Scene(case.volume, case.mask, case.reference, ())
+        plane = scene.native_plane()
+        axes = figure.add_subplot(grid[row, 0])
+        scene.draw(axes, plane)
+        axes.set_title(case.title, color=_INK, fontsize=8.5)
+        for column, (name, values) in enumerate(case.maps.items(), start=1):
+            axes = figure.add_subplot(grid[row, column])
+            scene.draw(axes, plane, np.asarray(case.volume.to_canonical(values)))
+            axes.set_title(name, color=_INK, fontsize=8.5)
+    _legend(figure, (), with_reference=True)
+    figure.savefig(Path(path), dpi=80, facecolor=_PAPER)
 
 
 class _Scene:

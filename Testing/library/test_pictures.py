@@ -13,7 +13,7 @@ import pytest
 
 from KA2ERSegment import pictures
 from KA2ERSegment.geometry import BoolArray
-from KA2ERSegment.pictures import picture_of_dice_against_clicks, picture_of_prediction
+from KA2ERSegment.pictures import Opinions, picture_of_opinions, picture_of_prediction
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt, ScribblePrompt
 from KA2ERSegment.volume import Volume
 
@@ -137,22 +137,17 @@ def test_empty_mask_is_still_a_picture(a_picture_volume: Volume, tmp_path: Path)
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
-def test_dice_against_clicks_has_one_line_per_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clicks = {f"dsc{n}": n / 10 for n in range(1, 6)}
-    sources: dict[str, dict[str, float | None]] = {
-        "a": {"box_dice": 0.05, "dsc_auc": 1.2, **clicks},
-        "mean over sources": {"box_dice": 0.05, "dsc_auc": 1.2, **clicks},
-    }
+def test_opinions_are_a_row_for_each_case(
+    tmp_path: Path, a_picture_volume: Volume, a_mask: BoolArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figures = saved_figure(monkeypatch)
-    picture_of_dice_against_clicks(tmp_path / "with.png", sources)
-    for means in sources.values():
-        means["box_dice"] = None
-    picture_of_dice_against_clicks(tmp_path / "without.png", sources)
-    with_box, without = (figure.axes[0] for figure in figures)
-    assert list(with_box.lines[0].get_xdata()) == [0, 1, 2, 3, 4, 5]
-    assert list(with_box.lines[0].get_ydata()) == [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]
-    assert list(without.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
-    assert [text.get_text() for text in with_box.get_legend().get_texts()] == [f"{s}  (AUC 1.20)" for s in sources]
+    maps = {"foundation, weight 40 %": a_mask * 0.4, "disagreement": a_mask * 0.1}
+    case = Opinions("heart: ventricle", a_picture_volume, a_mask, np.roll(a_mask, 2, axis=2), maps)
+    picture_of_opinions(tmp_path / "o.png", [case, case])
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert titles == 2 * ["heart: ventricle", *maps]
+    overlay = figures[0].axes[1].images[-1].get_array()
+    assert overlay.max() == pytest.approx(0.4)
 
 
 def test_importing_pictures_does_not_import_matplotlib() -> None:
