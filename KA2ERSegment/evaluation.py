@@ -452,7 +452,7 @@ def _earlier_results(folder: Path, settings: dict[str, Any], *, resume: bool) ->
     try:
         earlier = json.loads(summary_file.read_text(encoding="utf-8"))["settings"]
         with rows_file.open(newline="", encoding="utf-8") as file:
-            rows = [_result_from_row(row) for row in csv.DictReader(file)]
+            rows = [result_from_row(row) for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"output folder {str(folder)!r} must hold the results of an earlier run to resume it: {error}."
         raise KA2ERError(message) from error
@@ -466,7 +466,8 @@ def _earlier_results(folder: Path, settings: dict[str, Any], *, resume: bool) ->
     return rows
 
 
-def _result_from_row(row: dict[str, str]) -> ObjectResult:
+def result_from_row(row: Mapping[str, str]) -> ObjectResult:
+    """A row of `objects.csv`."""
     values: dict[str, Any] = {}
     for column in (f.name for f in fields(ObjectResult)):
         text = row.get(column, "") if column == "subject" else row[column]

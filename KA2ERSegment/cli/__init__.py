@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import typer
 
-from KA2ERSegment.cli import assess, bundle, demo, doctor, evaluate, expert, segment, serve
+from KA2ERSegment.cli import assess, bundle, compare, demo, doctor, evaluate, expert, segment, serve
 
 app = typer.Typer(
     help="Segment 3D medical images from a few prompts: boxes and clicks in, masks out.",
@@ -21,6 +21,7 @@ app.command()(segment.segment)
 app.command()(serve.serve)
 app.command()(evaluate.evaluate)
 app.command()(assess.assess)
+app.command()(compare.compare)
 app.command()(doctor.doctor)
 app.command()(demo.demo)
 app.add_typer(bundle.app, name="bundle")
