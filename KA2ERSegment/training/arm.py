@@ -24,11 +24,10 @@ from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.experts import Content, arm_tensors
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.plans import Plans
-from KA2ERSegment.preprocessing import normalise
 from KA2ERSegment.training import losses, synthesis
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.raw_dataset import RawDataset
-from KA2ERSegment.training.sampling import SamplingOptions, draw_case, raw_patch
+from KA2ERSegment.training.sampling import SamplingOptions, draw_case, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
 Progress = Callable[[str, float], None]
@@ -212,9 +211,8 @@ def _cases(run: _Run, item: TrainingItem, wanted: int, test: bool, deadline: flo
                 image if bool(drawn["real"]) else synthesis.make_image(batch["labels"], batch["target"], run.generator)
             )
             image = synthesis.disturb(image, run.generator)
-        raw = raw_patch(batch, image) if run.model.reads_raw else None
         with torch.no_grad():
-            features = run.model.encode(normalise(image, batch["inside"]), raw=raw)
+            features = encoded(run.model, batch, image)
         cases.append(_Case(features, batch["target"], batch["box"], batch["outside"], bool(drawn["real"])))
     return cases
 

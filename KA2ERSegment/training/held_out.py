@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from KA2ERSegment.model import PromptableModel
-from KA2ERSegment.preprocessing import normalise
 from KA2ERSegment.training import losses, synthesis
 from KA2ERSegment.training.items import TrainingItem
-from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, draw_case
+from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, draw_case, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
 SEED = 0
@@ -87,7 +86,7 @@ def compare(
         target, image = batch["target"], batch["image"]
         if not bool(drawn["real"]):
             image = synthesis.make_image(batch["labels"], target, generator)
-        features = model.encode(normalise(image, batch["inside"]))
+        features = encoded(model, batch, image)
         prompts = first_prompts(target, batch["box"], batch["outside"], generator)
         row, share = torch.zeros(4), torch.zeros(len(head.names))
         for click in range(clicks + 1):

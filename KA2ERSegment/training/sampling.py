@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset
 
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.geometry import Box
-from KA2ERSegment.preprocessing import Patch, RawPatch, sample_image, sample_nearest
+from KA2ERSegment.model import PatchFeatures, PromptableModel
+from KA2ERSegment.preprocessing import Patch, RawPatch, normalise, sample_image, sample_nearest
 from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem
 
 LESION, PART = 60000, 60001
@@ -334,6 +335,21 @@ def _box_maps(
         if axis == flat:
             slab = slab & within
     return box, slab & ~box
+
+
+def encoded(
+    model: PromptableModel, batch: Mapping[str, Tensor], shown: Tensor, present: Tensor | None = None
+) -> PatchFeatures:
+    """Features of a batch of cases, each encoder given what it reads in use.
+
+    Args:
+        model: that encodes.
+        batch: cases as `draw_case` makes them, (B, ...) each.
+        shown: (B, S, S, S) float32, the images, made and disturbed ones among them.
+        present: (B, K+1) bool, arms to use; all of them by default.
+    """
+    raw = raw_patch(batch, shown) if model.reads_raw else None
+    return model.encode(normalise(shown, batch["inside"]), present, raw)
 
 
 def raw_patch(batch: Mapping[str, Tensor], shown: Tensor) -> RawPatch:

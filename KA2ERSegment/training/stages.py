@@ -20,7 +20,7 @@ from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.preprocessing import normalise
 from KA2ERSegment.training import losses, synthesis
 from KA2ERSegment.training.distillation import Distillation, Overheard, overhear
-from KA2ERSegment.training.sampling import IGNORE, raw_patch
+from KA2ERSegment.training.sampling import IGNORE, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 
 logger = logging.getLogger("KA2ERSegment")
@@ -188,9 +188,8 @@ class PromptableStage(Stage):
         self.model.experts.eval()
         self.distillation.decoders.eval()
         shown, target = self.shown(batch), batch["target"]
-        raw = raw_patch(batch, shown) if self.model.reads_raw else None
         with overhear(self.model, self.distillation.decoders.keys()) as heard:
-            features = self.model.encode(normalise(shown, batch["inside"]), self._arms(len(shown)), raw)
+            features = encoded(self.model, batch, shown, self._arms(len(shown)))
         taught = self.distillation.taught(heard, batch["task"], batch["classes"], target) if self.predictions else None
         prompts = first_prompts(target, batch["box"], batch["outside"], self.generator)
         total = torch.zeros((), device=self.device)

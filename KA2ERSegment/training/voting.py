@@ -32,7 +32,7 @@ from KA2ERSegment.training.contrast import BACKGROUND, Contrast
 from KA2ERSegment.training.held_out import compare
 from KA2ERSegment.training.items import TrainingItem, split_held_out
 from KA2ERSegment.training.run import Run, describe, fit
-from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset
+from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 from KA2ERSegment.training.stages import Stage, seeded
 from KA2ERSegment.voting import STRIDE, Ballot, VotingHead
@@ -110,7 +110,7 @@ class VotingStage(Stage):
         truth = F.avg_pool3d(target[:, None].float(), STRIDE).flatten(1)
         told = torch.rand(len(target), device=self.device, generator=self.generator) < 0.5
         with torch.no_grad():
-            features = self.model.encode(self.images(batch))
+            features = encoded(self.model, batch, self.shown(batch))
         prompts = first_prompts(target, batch["box"], batch["outside"], self.generator)
         total = torch.zeros((), device=self.device)
         for click in range(self.clicks + 1):
