@@ -114,6 +114,8 @@ def expert_add(
         dataset = None if images is None else RawDataset.open(images)
         progress("reading the nnU-Net", 0.0)
         found = read_results(results, name, fold, task, licence)
+        if dataset is not None:
+            found = found.stored_along(dataset.canonical_axes())
         target = output or user_bundles_folder() / f"{bundle.folder.name}-{found.plans.name}"
         before = Content.of(bundle)
         before.check_target(target, force)

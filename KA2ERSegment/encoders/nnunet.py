@@ -47,6 +47,17 @@ class FoundExpert:
     plans: ExpertPlans
     tensors: dict[str, Tensor]
 
+    def stored_along(self, axes: tuple[int, int, int]) -> FoundExpert:
+        """The same for images that were stored in another order, sagittal slices for instance.
+
+        Args:
+            axes: canonical axis, 0 (K, superior) to 2 (I, right), that the files' K, J and I lie along.
+        """
+        plans = self.plans
+        spacing = tuple(plans.spacing_kji[axes.index(axis)] for axis in range(3))
+        order = tuple(axes[axis] for axis in plans.axes or (0, 1, 2))
+        return replace(self, plans=replace(plans, spacing_kji=spacing, axes=() if order == (0, 1, 2) else order))
+
 
 def read_results(
     folder: Path, name: str = "", fold: str = "", task: str = "", licence: str = "not stated"

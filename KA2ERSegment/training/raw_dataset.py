@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from KA2ERSegment.errors import VolumeError
-from KA2ERSegment.geometry import Box
+from KA2ERSegment.geometry import Box, ras_axes
 from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem
 from KA2ERSegment.volume import Volume
 
@@ -66,6 +66,12 @@ class RawDataset:
             )
             raise VolumeError(message)
         return cls(folder, there, names, values.get("ignore"))
+
+    def canonical_axes(self) -> tuple[int, int, int]:
+        """Canonical axis, 0 (K, superior) to 2 (I, right), along which K, J and I of the first image's file lie."""
+        axes, _ = ras_axes(Volume.read(self.cases[0][1]).ijk_to_ras)  # the files' I, J, K by R, A and S
+        k, j, i = (2 - axes.index(axis) for axis in (2, 1, 0))
+        return k, j, i
 
     def read(self, case: int) -> TrainingItem:
         """One case, on canonical axes.

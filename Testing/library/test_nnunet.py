@@ -215,6 +215,26 @@ def test_the_expert_sees_what_nnunets_own_network_sees(a_lab: Path, results: str
             assert torch.equal(features[stride[0]], expected[stage])
 
 
+def test_files_in_another_order_turn_spacing_and_axes(a_lab: Path, a_raw_dataset: RawDataset, tmp_path: Path) -> None:
+    """Sagittal slices: the files' K runs to the right, J up, I to the front."""
+    folder = Path(shutil.copytree(a_raw_dataset.folder, tmp_path / DATASET))
+    path = folder / "imagesTr" / "b0_0000.nii.gz"
+    affine = np.zeros((4, 4))
+    affine[0, 2], affine[1, 0], affine[2, 1], affine[3, 3] = -3.0, 1.0, 1.0, 1.0
+    nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(path).dataobj), affine), path)
+    found = read_results(results_of(a_lab, "anisotropic"))  # of files with 1.1, 4 and 0.9 mm, the second axis first
+    turned = found.stored_along(RawDataset.open(folder).canonical_axes())
+
+    assert a_raw_dataset.canonical_axes() == (0, 1, 2)
+    assert RawDataset.open(folder).canonical_axes() == (2, 0, 1)
+    assert turned.plans.spacing_kji == (4.0, 0.9, 1.1)
+    assert turned.plans.axes == (0, 2, 1)  # S was their J, R their K, A their I
+    assert found.stored_along((0, 1, 2)) == found
+    stored = torch.arange(24.0).reshape(2, 3, 4)  # K, J, I of a file
+    canonical = stored.permute(1, 2, 0)  # S, A, R
+    assert torch.equal(canonical.permute(turned.plans.axes), stored.permute(found.plans.axes))
+
+
 def test_thick_slices_are_averaged_to_the_stride_of_the_other_axes(a_lab: Path) -> None:
     found = read_results(a_lab / "nnUNet_results" / DATASET / "Trainer__anisotropic__3d_fullres")
     expert = Expert(found.plans).eval()
