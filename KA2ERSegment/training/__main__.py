@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import math
 import shutil
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, cast
 
 import torch
@@ -25,12 +24,15 @@ from safetensors.torch import load_file, save_file
 from KA2ERSegment.build import load_tensors, tensors_by_name
 from KA2ERSegment.bundle import Bundle, load_bundle
 from KA2ERSegment.encoders.expert import build_network
+from KA2ERSegment.errors import BundleError
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training import STARTED
 from KA2ERSegment.training.calibrate import calibrate
 from KA2ERSegment.training.card import write_bundle
+from KA2ERSegment.training.config import read_config
 from KA2ERSegment.training.feeding import AUTO
-from KA2ERSegment.training.items import TrainingItem, pack, split_held_out
+from KA2ERSegment.training.items import load_items, pack, split_held_out
+from KA2ERSegment.training.pretrained import foundation_weights
 from KA2ERSegment.training.run import ACCELERATORS, Clock, Run, Unfinished, describe, fit
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, TargetDataset
 from KA2ERSegment.training.stages import ExpertStage, PromptableStage
@@ -66,8 +68,15 @@ def train(
     torch.set_float32_matmul_precision("high")
     if device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    plans = Plans.from_json(settings["plans"])
+    try:
+        settings = read_config(config)
+        plans = Plans.from_json(settings["plans"])
+        public = None
+        if "foundation_weights" in settings and start is None:  # read first: no hour is lost where they do not fit
+            wanted = settings["foundation_weights"]
+            public = foundation_weights(wanted, plans.foundation, config.parent, cache.parent / "weights")
+    except BundleError as error:
+        raise typer.BadParameter(str(error)) from error
     last = ("foundation", "amalgamation", *({"voting"} & settings.keys()), "calibration")
     stages = ("", *(expert.name for expert in plans.experts), *last)
     if stage not in stages:
@@ -79,14 +88,14 @@ def train(
     if not any(cache.glob("*.npz")):
         names = pack([data / name for name in settings["manifests"]], cache, settings["share_alike"])
         logger.info("packed %d items into %s", len(names), cache)
-    items = [TrainingItem.load(path) for path in sorted(cache.glob("*.npz"))]
+    items = load_items(cache)
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
     begin = _begin(start, plans if stage != "voting" else None)
     learning, held_out = split_held_out(items, settings.get("held_out", 0))
     clock = Clock(begun, begun + 60 * stop_after if stop_after else math.inf)
     run = Run(
         settings, plans, learning, tasks, output, resume, device, ranks, minutes, begin,
-        workers, save_every, compact, clock,
+        workers, save_every, compact, clock, public,
     )  # fmt: skip
     if stage != "voting":
         _take_over_experts(run)
@@ -167,6 +176,8 @@ def _train_promptable(run: Run, stage: str) -> None:
     module = PromptableStage(plans, experts, **options, decoders=decoders)
     share = float(run.settings.get("shrink", 1.0))
     start = load_bundle(run.foundation) if stage == "amalgamation" and run.foundation.exists() else run.start
+    if start is None and run.public is not None:
+        load_tensors(module.model.foundation, run.public)
     if start is not None:  # bundles hold the learnt part scaled
         own = {name: tensor for name, tensor in tensors_by_name(module.model).items() if name.startswith("experts.")}
         load_tensors(module.model, start.weights() | own)
@@ -180,6 +191,10 @@ def _train_promptable(run: Run, stage: str) -> None:
         """Write a bundle of the model as it is now."""
         hardware = describe(module.device, run.ranks)
         before = f"begun from bundle {start.identity}; " if start else ""
+        if start is None and run.public is not None:
+            wanted = run.settings["foundation_weights"]
+            name = PurePosixPath(wanted.get("file", wanted.get("url"))).name
+            before = f"the foundation begun from MONAI's {name} (SHA-256 {wanted['sha256'][:12]}); "
         about = (
             f"{before}stage {stage!r}: {module.global_step} steps of {patches} patches, {module.minutes_spent:.0f} "
             f"minutes on {hardware}, after the experts. The learnt part of the logits is scaled by {share:g} against "

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.geometry import Box
 from KA2ERSegment.preprocessing import image_statistics
+from KA2ERSegment.training.coding import decoded
 from KA2ERSegment.volume import Volume
 
 MIN_VOXELS = 12
@@ -72,14 +74,14 @@ class TrainingItem:
         """Read one packed item."""
         with np.load(path, allow_pickle=False) as stored:
             about: dict[str, Any] = json.loads(str(stored["about"]))
-            labels = stored["labels"]
-            images = tuple(stored[f"image{n}"] for n in range(about["channels"]))
-        counts = np.bincount(labels.ravel())
-        boxes = {}
-        for value, slices in enumerate(ndimage.find_objects(labels), start=1):
-            if slices is not None and counts[value] >= MIN_VOXELS:
-                k, j, i = slices
-                boxes[value] = Box((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
+            labels = stored["labels"].astype(np.uint16, copy=False)
+            steps = about.get("steps")  # of a thin cache
+            images = tuple(
+                stored[f"image{n}"] if steps is None else decoded(stored[f"image{n}"], steps[n])
+                for n in range(about["channels"])
+            )
+        known = about.get("boxes")  # caches of older versions have none
+        boxes = boxes_of(labels) if known is None else {int(value): Box(*map(tuple, known[value])) for value in known}
         names = {int(value): name for value, name in about["names"].items()}
         return cls(
             about["id"], about["source"], labels, images, tuple(about["spacing"]), names, boxes,
@@ -110,6 +112,23 @@ def split_held_out(items: Sequence[TrainingItem], one_in: int) -> tuple[list[Tra
         [item for item, out in zip(items, held, strict=True) if not out],
         [item for item, out in zip(items, held, strict=True) if out],
     )
+
+
+def load_items(cache: Path) -> list[TrainingItem]:
+    """All items of a cache, in the order of their ids."""
+    with ThreadPoolExecutor() as pool:  # most of the time goes into unpacking, which lets other threads run
+        return list(pool.map(TrainingItem.load, sorted(cache.glob("*.npz"))))
+
+
+def boxes_of(labels: npt.NDArray[np.unsignedinteger[Any]]) -> dict[int, Box]:
+    """The box around each label that has enough voxels to be a target."""
+    counts = np.bincount(labels.ravel())
+    boxes = {}
+    for value, slices in enumerate(ndimage.find_objects(labels), start=1):
+        if slices is not None and counts[value] >= MIN_VOXELS:
+            k, j, i = slices
+            boxes[value] = Box((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
+    return boxes
 
 
 def pack(manifests: list[Path], output: Path, share_alike: bool) -> list[str]:
@@ -168,8 +187,9 @@ def _pack_item(row: dict[str, str], folder: Path, output: Path) -> None:
         "region": row["body_region"],
         "subject": row.get("subject") or row["id"],
     }
+    labels = np.ascontiguousarray(label.array_kji, dtype=np.uint16)
+    about["boxes"] = {value: (box.start, box.stop) for value, box in boxes_of(labels).items()}
     arrays: dict[str, Any] = {
         f"image{n}": np.ascontiguousarray(image.array_kji, dtype=np.int16) for n, image in enumerate(images)
     }
-    arrays["labels"] = np.ascontiguousarray(label.array_kji, dtype=np.uint16)
-    np.savez_compressed(output / f"{row['id']}.npz", about=json.dumps(about), **arrays)
+    np.savez_compressed(output / f"{row['id']}.npz", about=json.dumps(about), labels=labels, **arrays)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import typer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
 
 from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.convolution import SoundConvolution
@@ -65,6 +67,7 @@ class Run:
         save_every: minutes between two checkpoints.
         compact: whether checkpoints are made small enough to be carried about.
         clock: of the call.
+        public: tensors that the foundation begins from, where the config names some and there is no `start`.
     """
 
     settings: dict[str, Any]
@@ -81,6 +84,7 @@ class Run:
     save_every: float = 5.0
     compact: bool = False
     clock: Clock = field(default_factory=Clock)
+    public: dict[str, Tensor] | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -154,7 +158,7 @@ def fit(
         enable_model_summary=False,
     )
     module.started, module.stop_at = run.clock.began, run.clock.stop_at
-    with SoundConvolution():
+    with nullcontext() if run.on_gpu else SoundConvolution():
         trainer.fit(module, feed, ckpt_path=last if run.resume and last.exists() else None)
     if trainer.interrupted:  # older releases of Lightning return after Ctrl-C, as if the stage were done
         raise KeyboardInterrupt

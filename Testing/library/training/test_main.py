@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import torch
 import typer
 from click.testing import Result
+from monai.networks.nets import SwinUNETR
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -311,6 +314,40 @@ def test_start_up_counts_as_time_spent(
     (line,) = json.loads((tmp_path / "run" / "log.json").read_text())
     assert line["steps"] == 0
     assert line["minutes"] >= 60
+
+
+def test_a_foundation_can_begin_from_public_weights(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
+    """With no step of any size the bundle holds them; without the right digest nothing is trained."""
+    plans = tiny_plans().foundation
+    network = SwinUNETR(
+        in_channels=1,
+        out_channels=2,
+        feature_size=plans.feature_size,
+        depths=plans.depths,
+        num_heads=plans.heads,
+        window_size=plans.window,
+    )
+    torch.save(network.state_dict(), a_workplace / "btcv.pt")
+    digest = hashlib.sha256((a_workplace / "btcv.pt").read_bytes()).hexdigest()
+    stage = settings()["foundation"] | {"steps": 1, "learning_rate": 0.0}
+    config = settings(foundation=stage, foundation_weights={"file": "btcv.pt", "sha256": digest})
+    output = tmp_path / "run"
+    output.mkdir()
+    for name in ("tiny_trunk", "tiny_brain"):
+        shutil.copy(a_finished_run / f"{name}.safetensors", output)
+
+    refused = run(a_workplace, output, config=config | {"foundation_weights": {"file": "btcv.pt", "sha256": "0" * 64}})
+    assert refused.exit_code == 2
+    assert "must have SHA-256" in " ".join(refused.output.replace("│", " ").split())
+    assert not (output / "foundation").exists()
+
+    result = run(a_workplace, output, "--stage", "foundation", config=config)
+    assert result.exit_code == 0, result.output
+    weights = load_bundle(output / "bundle-foundation").weights()
+    theirs = network.swinViT.state_dict()
+    table = "layers2.0.blocks.0.attn.relative_position_bias_table"
+    assert torch.equal(weights[f"foundation.swin.{table}"], theirs[table].half().float())
+    assert f"MONAI's btcv.pt (SHA-256 {digest[:12]})" in (output / "bundle-foundation" / "model_card.md").read_text()
 
 
 @pytest.mark.parametrize(
