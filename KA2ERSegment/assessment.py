@@ -78,6 +78,7 @@ class Trial:
         looks: after the first prompt, and later.
         clicks: to reach Dice GOAL by each policy, at most MOST_CLICKS; a first prompt that is a click counts.
         reached: whether it was.
+        dice: where it ended.
         unsuggested: clicks of the policy "suggested" that were random ones, because nothing was suggested.
     """
 
@@ -85,6 +86,7 @@ class Trial:
     looks: tuple[Look, ...]
     clicks: dict[str, int]
     reached: dict[str, bool]
+    dice: dict[str, float]
     unsuggested: int
 
 
@@ -215,18 +217,19 @@ def try_object(session: Session, volume: Volume, truth: BoolArray, seed: str, wi
     if (late := len(session.prompts()) - 1) > 0:
         looks.append(look_at(_present(session), truth, late, rng))
     clicks: dict[str, int] = {}
-    reached: dict[str, bool] = {}
+    ended: dict[str, float] = {}
     unsuggested = 0
     for policy in POLICIES:
         while len(session.prompts()) > 1:
             session.undo()
         clicks[policy] = 0 if with_box else 1
-        while not (enough := dice(_present(session).mask, truth) >= GOAL) and clicks[policy] < MOST_CLICKS:
+        while (now := dice(_present(session).mask, truth)) < GOAL and clicks[policy] < MOST_CLICKS:
             unsuggested += policy == "suggested" and session.suggest() is None
             _click(session, policy, truth, rng)
             clicks[policy] += 1
-        reached[policy] = enough
-    return Trial(with_box, tuple(looks), clicks, reached, unsuggested)
+        ended[policy] = now
+    reached = {policy: now >= GOAL for policy, now in ended.items()}
+    return Trial(with_box, tuple(looks), clicks, reached, ended, unsuggested)
 
 
 def _present(session: Session) -> Prediction:
@@ -268,7 +271,7 @@ def assess(
     folder: Path,
     *,
     split: str = "val",
-    max_objects_per_item: int | None = 2,
+    max_objects_per_item: int | None = 1,
     max_items_per_source: int | None = 4,
     resume: bool = False,
     on_progress: Callable[[int, int], None] | None = None,

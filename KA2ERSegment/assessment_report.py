@@ -136,6 +136,7 @@ def _clicks(objects: Sequence[Assessed], with_box: bool) -> dict[str, dict[str, 
         policy: {
             "clicks": _over_sources((source, float(trial.clicks[policy])) for source, trial in trials),
             "reached": _over_sources((source, float(trial.reached[policy])) for source, trial in trials),
+            "dice": _over_sources((source, trial.dice[policy]) for source, trial in trials),
         }
         for policy in POLICIES
     }
@@ -181,19 +182,18 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{_percent(routing['own_is_first_expert'])} of predictions, and of all arms in "
         f"{_percent(routing['own_is_first_arm'])}.",
         "",
-        f"| clicks to Dice {GOAL:g}, at most {MOST_CLICKS} (reached) | after a box | without a box |",
+        f"| clicks to Dice {GOAL:g}, at most {MOST_CLICKS} (reached; Dice at the end) | after a box | without a box |",
         "|---|---|---|",
     ]
     names = {
         "suggested": "where the session suggests",
         "random": "at random in the error",
-        "protocol": "as the protocol",
+        "protocol": "in the middle of the largest error",
     }
     for policy, name in names.items():
-        cells = (found["clicks"][kind][policy] for kind in ("box", "clicks"))
-        lines.append(
-            f"| {name} | " + " | ".join(f"{_cell(c['clicks'], 2)} ({_percent(c['reached'])})" for c in cells) + " |"
-        )
+        cells = [found["clicks"][kind][policy] for kind in ("box", "clicks")]
+        texts = (f"{_cell(c['clicks'], 1)} ({_percent(c['reached'])}; {_cell(c['dice'])})" for c in cells)
+        lines.append(f"| {name} | {' | '.join(texts)} |")
     lines += ["", "![What each expert says](experts.png)", ""]
     return "\n".join(lines)
 
@@ -230,8 +230,10 @@ def write_opinions(targets: Sequence[Target], session: Session, path: Path) -> N
         prediction = session.add(BoxPrompt.from_ijk(box.start, box.stop, volume))
         opinions = prediction.experts.items()
         maps = {f"{arm}, weight {100 * opinion.mean_weight:.0f} %": opinion.probability for arm, opinion in opinions}
-        title = f"{target.item.id}: {target.name}"
-        cases.append(Opinions(title, volume, prediction.mask, truth, {**maps, "disagreement": prediction.disagreement}))
+        apart = prediction.disagreement
+        most = max(float(apart.max()), 1e-6)  # often far below 1: shown relative to its largest value
+        maps[f"disagreement, at most {most:.2f}"] = apart / most
+        cases.append(Opinions(f"{target.item.id}\n{target.name}", volume, prediction.mask, truth, maps))
     picture_of_opinions(path, cases)
 
 

@@ -32,7 +32,7 @@ def chart_of_reliability(
     axes.plot([0, 1], [0, 1], color="#9aa0a6", linewidth=1, linestyle=(0, (4, 3)))
     for n, (name, curve) in enumerate(curves.items()):
         promised, true, share = (list(column) for column in zip(*curve.bins, strict=True))
-        thick: dict[str, Any] = {"color": "black", "linewidth": 2.6, "zorder": 5}
+        thick: dict[str, Any] = {"color": "black", "linewidth": 3.2, "zorder": 1}
         style = thick if n == 0 else {"linewidth": 1.4, **_style(n - 1)}
         label = f"{name}  (ECE {curve.error:.3f})"
         axes.plot(promised, true, marker="o", markersize=4.5 if n == 0 else 3, label=label, **style)
@@ -40,6 +40,7 @@ def chart_of_reliability(
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], ylabel="share of voxels in the object")
     below.set(xlim=(0, 1), yscale="log", xlabel="probability promised", ylabel="voxels")
     axes.set_title(title, loc="left", fontsize=12)
+    below.tick_params(which="minor", left=False, labelleft=False)
     for part in (axes, below):
         _tidy(part)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8.5)

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from KA2ERSegment.bundle import PLANS
 from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import BoolArray, Box, Ijk
 from KA2ERSegment.manifests import Item, LeftOut, Target, read_item, read_manifest, seed_of, targets_of
@@ -32,6 +33,7 @@ from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt
 from KA2ERSegment.volume import Volume
 
 if TYPE_CHECKING:
+    from KA2ERSegment.bundle import Bundle
     from KA2ERSegment.session import Session
 
 CLICKS = 5
@@ -61,6 +63,16 @@ class SessionSegmenter:
         self._session = session
         self.identity = identity
 
+    @classmethod
+    def of(cls, folder: Path | None, off: Sequence[str] = (), device: str = "auto") -> SessionSegmenter:
+        """A bundle (None: the one shipped) with systems switched off (`plans.SYSTEMS`); its identity names them."""
+        from KA2ERSegment.bundle import load_bundle
+        from KA2ERSegment.session import Session
+
+        bundle = load_bundle(folder)
+        bundle = replace(bundle, plans=bundle.plans.without(*off))
+        return cls(Session(bundle, device=device), identity_of(bundle, off))
+
     def facts(self) -> dict[str, float]:
         """Number of learnt parameters, and seconds for the features of one patch of noise (the quickest of three)."""
         import torch
@@ -87,6 +99,12 @@ class SessionSegmenter:
     def add(self, prompt: Prompt) -> BoolArray:
         """The (K, J, I) mask after this prompt."""
         return self._session.add(prompt).mask
+
+
+def identity_of(bundle: Bundle, off: Sequence[str] = ()) -> str:
+    """What results of a bundle with these systems switched off are named by: weights, plans and what is off."""
+    plans = bundle.checksums[PLANS][:8]
+    return f"ka2er {bundle.identity} plans {plans}" + (f" without {', '.join(sorted(set(off)))}" if off else "")
 
 
 def drawn_box(truth: BoolArray, rng: np.random.Generator) -> Box:

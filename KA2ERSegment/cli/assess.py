@@ -16,7 +16,7 @@ def assess(
     split: Annotated[str, typer.Option("--split", help="Split of the manifest.")] = "val",
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path("output/assess"),
-    max_objects_per_item: Annotated[int, typer.Option("--max-objects-per-item", min=1, help="Of one item.")] = 2,
+    max_objects_per_item: Annotated[int, typer.Option("--max-objects-per-item", min=1, help="Of one item.")] = 1,
     max_items_per_source: Annotated[int, typer.Option("--max-items-per-source", min=1, help="Of one source.")] = 4,
     calibrated: Annotated[
         bool, typer.Option("--calibrated/--uncalibrated", help="With the bundle's temperatures, or without.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +12,6 @@ from KA2ERSegment.cli.common import BundleOption, Device, DeviceOption, JsonOpti
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from KA2ERSegment.evaluation import SessionSegmenter
 
 
 class Method(str, Enum):
@@ -65,8 +62,11 @@ def evaluate(
         with run.step("Starting"):
             from KA2ERSegment import evaluation
 
-            segmenter = _growcut() if method is Method.GROWCUT else _ka2er(bundle, off, device)
-            about = None if method is Method.GROWCUT else segmenter.facts()
+            if method is Method.GROWCUT:
+                segmenter, about = _growcut(), None
+            else:
+                segmenter = evaluation.SessionSegmenter.of(bundle, off, device.value)
+                about = segmenter.facts()
         with run.bar("Evaluating") as on_progress:
             done = evaluation.evaluate(
                 manifest,
@@ -92,17 +92,6 @@ def _growcut() -> Any:
     from KA2ERSegment.growcut import GrowCut
 
     return GrowCut()
-
-
-def _ka2er(folder: Path | None, off: list[str], device: Device) -> SessionSegmenter:
-    from KA2ERSegment.bundle import load_bundle
-    from KA2ERSegment.evaluation import SessionSegmenter
-    from KA2ERSegment.session import Session
-
-    bundle = load_bundle(folder)
-    bundle = replace(bundle, plans=bundle.plans.without(*off))
-    identity = f"ka2er {bundle.identity}" + (f" without {', '.join(sorted(set(off)))}" if off else "")
-    return SessionSegmenter(Session(bundle, device=device.value), identity)
 
 
 def _table_of_sources(title: str, sources: dict[str, dict[str, float | None]]) -> Table:

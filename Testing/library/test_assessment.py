@@ -174,6 +174,7 @@ def test_clicks_are_counted_up_to_the_goal(needed: int, with_box: bool, clicks: 
     trial = try_object(session, volume, truth, "seed", with_box)  # type: ignore[arg-type]
     assert trial.clicks == dict.fromkeys(("protocol", "suggested", "random"), clicks)
     assert all(trial.reached.values())
+    assert set(trial.dice.values()) == {1.0}
     assert isinstance(session.given[0], BoxPrompt) == with_box
     assert trial.unsuggested == needed - 1  # nothing was ever suggested: every click of that policy was a random one
     assert [look.dice for look in trial.looks] == ([1.0] if needed == 1 else [0.0, 1.0])
@@ -235,7 +236,10 @@ def test_every_source_counts_the_same_and_the_routing_table_is_worked_out_by_han
     def entry(item: str, source: str, own: str, curve: Reliability, weights: dict[str, float], dice: float) -> Assessed:
         look = Look(0, dice, dice**2, {"mask": curve}, 0.5 + dice / 2, None, weights)
         counts = {"protocol": 2, "suggested": 3, "random": 4}
-        trials = tuple(Trial(box, (look,), counts, dict.fromkeys(counts, dice > GOAL), 0) for box in (True, False))
+        trials = tuple(
+            Trial(box, (look,), counts, dict.fromkeys(counts, dice > GOAL), dict.fromkeys(counts, dice), 0)
+            for box in (True, False)
+        )
         return Assessed(item, source, item, "MR", "heart", 1, "x", own, trials)
 
     heart, brain = {"foundation": 0.6, "heart": 0.3, "brain": 0.1}, {"foundation": 0.2, "heart": 0.3, "brain": 0.5}
@@ -249,7 +253,11 @@ def test_every_source_counts_the_same_and_the_routing_table_is_worked_out_by_han
     assert found["quality"]["mean_error"] == pytest.approx((0.81 - 0.9 + 0.25 - 0.5 + 0.49 - 0.7) / 3)
     assert found["routing"]["own_is_first_expert"] == pytest.approx(1 / 2)  # in source a, not in b; c has no own expert
     assert found["routing"]["own_is_first_arm"] == 0
-    assert found["clicks"]["box"]["suggested"] == {"clicks": 3.0, "reached": pytest.approx(1 / 3)}
+    assert found["clicks"]["box"]["suggested"] == {
+        "clicks": 3.0,
+        "reached": pytest.approx(1 / 3),
+        "dice": pytest.approx(0.7),
+    }
     assert "| b | MR heart | heart | 0.200 | 0.300 | 0.500 |" not in markdown(found)  # no arm has a curve here
     assert "in 50 % of predictions" in markdown(found)
 

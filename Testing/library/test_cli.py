@@ -104,9 +104,10 @@ def _a_fake_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: py
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(bytes(2_500_000))
+    (folder / "plans.json").write_bytes(b"")
     expert = SimpleNamespace(name="ct", task="organs in CT", classes=("liver",))
     plans = SimpleNamespace(patch_size=64, experts=(expert,), without=lambda *systems: plans)
-    bundle = FakeBundle(folder, plans, {"weights.safetensors": "0" * 64})
+    bundle = FakeBundle(folder, plans, {"weights.safetensors": "0" * 64, "plans.json": "1" * 64})
 
     def load_bundle(path: Path | None = None) -> FakeBundle:
         if path is not None and not path.exists():
@@ -365,7 +366,7 @@ def test_evaluate_scores_a_manifest_and_resumes(a_manifest: Path, tmp_path: Path
     summary = json.loads(result.stdout)
     # The fake fills the box, so Dice with it alone is that of the drawn box and the object.
     assert 0.5 < summary["sources"]["group/a"]["box_dice"] <= 1.0
-    assert summary["settings"]["method"] == "ka2er fake@0"
+    assert summary["settings"]["method"] == "ka2er fake@0 plans 11111111"
     assert summary["about"].keys() == {"parameters", "seconds_per_patch", "seconds_per_click"}
     assert summary["about"]["parameters"] == 7
     assert (tmp_path / "results" / "objects.csv").exists()
@@ -382,7 +383,7 @@ def test_evaluate_says_what_was_switched_off(a_manifest: Path, tmp_path: Path) -
     words = ("--without", "gate", "--without", "experts", "--without", "gate", "--json")
     result = run("evaluate", a_manifest, "--output", tmp_path / "results", *words)
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["settings"]["method"] == "ka2er fake@0 without experts, gate"
+    assert json.loads(result.stdout)["settings"]["method"] == "ka2er fake@0 plans 11111111 without experts, gate"
     assert run("evaluate", a_manifest, "--output", tmp_path / "results", "--resume").exit_code == 1  # another method
     assert run("evaluate", a_manifest, "--without", "growcut").exit_code == 2
     assert run("evaluate", a_manifest, "--method", "growcut", "--without", "gate").exit_code == 2

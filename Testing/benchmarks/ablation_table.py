@@ -1,0 +1,125 @@
+"""The table of `docs/results.md` from bundles: every row evaluated with a box and without, compared, and drawn.
+
+    python Testing/benchmarks/ablation_table.py "foundation=Resources/Models/ka2er-base:experts" "all=BUNDLE" growcut
+
+A row is `name=bundle`, `name=bundle:system,system` with systems switched off, or `growcut` (Slicer's Grow from seeds).
+The first row is the one that all others are compared with. Rows that are done are not evaluated again; one that was
+interrupted goes on. In the output folder: a folder for each row and mode, `box.md`, `clicks.md` and their JSON, and
+`box.png`, `clicks.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from KA2ERSegment.bundle import load_bundle
+from KA2ERSegment.charts import chart_of_rows
+from KA2ERSegment.comparison import OVERALL, compare, read_row, write_comparison
+from KA2ERSegment.evaluation import ObjectResult, SessionSegmenter, evaluate, identity_of
+from KA2ERSegment.plans import SYSTEMS
+
+MODES = {"box": True, "clicks": False}
+MANIFESTS = ("permissive/manifest.csv", "share_alike/manifest.csv")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table; `bundle` is None for Grow from seeds."""
+
+    name: str
+    bundle: Path | None
+    off: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """`growcut`, or name=bundle with :system,system behind it."""
+        if text == "growcut":
+            return cls("growcut", None)
+        name, equals, rest = text.partition("=")
+        folder, colon, last = rest.rpartition(":")
+        off = tuple(last.split(",")) if colon else ()
+        if not equals or not name or not all(system in SYSTEMS for system in off):
+            message = f"a row is name=bundle, name=bundle:{','.join(SYSTEMS)} (some of them) or growcut, got {text!r}."
+            raise argparse.ArgumentTypeError(message)
+        return cls(name, Path(folder if colon else rest), off)
+
+    def gave(self, method: str) -> bool:
+        """Whether results are named as this row's would be."""
+        if self.bundle is None:
+            return method.startswith("growcut ")
+        return method == identity_of(load_bundle(self.bundle), self.off)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", type=Row.parse, metavar="ROW")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the manifests' folders")
+    parser.add_argument("--output", type=Path, default=Path("output/ablation"))
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--max-objects-per-item", type=int, default=6)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    arguments = parser.parse_args()
+    for mode in arguments.modes:
+        for row in arguments.rows:
+            run_row(row, mode, arguments)
+        write_tables(arguments.rows, mode, arguments.output)
+
+
+def run_row(row: Row, mode: str, arguments: argparse.Namespace) -> None:
+    """Evaluate one row in one mode, as far as that is not done yet."""
+    folder = arguments.output / f"{row.name}-{mode}"
+    summary = folder / "summary.json"
+    if summary.exists():
+        earlier = json.loads(summary.read_text(encoding="utf-8"))
+        if earlier["complete"] and row.gave(earlier["settings"]["method"]):
+            say(f"{row.name}, {mode}: done before")
+            return
+    about = None
+    if row.bundle is None:
+        from KA2ERSegment.growcut import GrowCut
+
+        segmenter: Any = GrowCut()
+    else:
+        segmenter = SessionSegmenter.of(row.bundle, row.off, arguments.device)
+        about = segmenter.facts()
+
+    def tell(count: int, total: int, result: ObjectResult | None) -> None:
+        if result is not None:
+            say(f"{row.name}, {mode}: {count} of {total}, {result.item}, DSC AUC {result.dsc_auc:.2f}")
+
+    evaluate(
+        [arguments.data / name for name in MANIFESTS],
+        segmenter,
+        folder,
+        split=arguments.split,
+        with_box=MODES[mode],
+        max_objects_per_item=arguments.max_objects_per_item,
+        resume=True,
+        about=about,
+        on_progress=tell,
+    )
+
+
+def write_tables(rows: list[Row], mode: str, output: Path) -> None:
+    """Compare the rows of one mode."""
+    read = [read_row(f"{row.name}={output / f'{row.name}-{mode}'}") for row in rows]
+    write_comparison(compare(read), output / f"{mode}.md")
+    title = "Dice against clicks, " + ("after a box" if MODES[mode] else "without a box")
+    chart_of_rows(output / f"{mode}.png", {row.name: row.sources[OVERALL] for row in read}, title)
+    say(f"written to {output / mode}.md, .json and .png")
+
+
+def say(text: str) -> None:
+    """Where it stands."""
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
