@@ -153,6 +153,16 @@ class LocalEngine:
         """The token of the engine that runs now: what another viewer on this machine needs beside its address."""
         return self._key
 
+    def address(self) -> tuple[str, str, Path | None]:
+        """URL, token and folder for volumes of the engine that runs now: for viewers in other processes.
+
+        Raises:
+            EngineGoneError: it is not ready.
+        """
+        if (state := self.poll()) != "ready":
+            raise self._gone(state)
+        return f"http://127.0.0.1:{self._ready['port']}", self._key, self._exchange
+
     @property
     def pid(self) -> int | None:
         """Of the engine itself, which a launcher may have started; None before it is ready."""

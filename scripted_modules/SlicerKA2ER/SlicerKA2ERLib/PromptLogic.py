@@ -133,6 +133,10 @@ class PromptLogic:
         """Of the bundle that the engine runs; empty before an engine answered."""
         return str(self._engine.link.info.get("bundle", {}).get("identity", ""))
 
+    def journal(self) -> dict[str, Any]:
+        journal = self._engine.link.journal
+        return dict(journal) if journal else {}
+
     def warmUp(self) -> None:
         if self.volumeNode is not None and self.engineState != "none":
             self._engine.ask("warmUp", lambda session: None, lambda _: self._notify("state", "experts"))

@@ -138,6 +138,9 @@ class PromptLogicProtocol(Protocol):
     def warmUp(self) -> None:
         """Start the engine and hand over the volume in the background, before the first prompt."""
 
+    def journal(self) -> dict[str, Any]:
+        """All prompts that the engine was told, as `Session.to_json` has them; empty before the first one."""
+
     bundleIdentity: str
     """Of the bundle that the engine runs; empty before an engine answered."""
     engineState: str
