@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import typer
 
-from KA2ERSegment.cli import assess, bundle, compare, demo, doctor, evaluate, expert, segment, serve
+from KA2ERSegment.cli import assess, bundle, compare, demo, doctor, evaluate, expert, segment, serve, view
 
 app = typer.Typer(
     help="Segment 3D medical images from a few prompts: boxes and clicks in, masks out.",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(segment.segment)
 app.command()(serve.serve)
+app.command()(view.view)
 app.command()(evaluate.evaluate)
 app.command()(assess.assess)
 app.command()(compare.compare)

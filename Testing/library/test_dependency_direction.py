@@ -59,15 +59,24 @@ def test_growcut_is_the_only_module_that_names_slicer_or_vtk() -> None:
 
 
 def test_contracts_forbid_slicer_for_everything_but_growcut() -> None:
-    forbidden = _contract("forbidden")
+    forbidden = _contract("library never imports Slicer, VTK or Qt")
 
     assert forbidden["source_modules"] == ["KA2ERSegment"]
     assert {"slicer", "vtk", "vtkmodules", "qt", "ctk", "qtpy", "PythonQt"} <= set(forbidden["forbidden_modules"])
     assert {line.split(" -> ")[0] for line in forbidden["ignore_imports"]} == {"KA2ERSegment.growcut"}
 
 
+def test_contracts_keep_the_viewer_on_top_of_the_library() -> None:
+    above = _contract("the viewer is on top: nothing of the library but its command knows of it")
+    network = _contract("what listens on the network knows neither Slicer nor trame")
+
+    assert above["source_modules"] == ["KA2ERSegment"]
+    assert {line.split(" -> ")[0] for line in above["ignore_imports"]} == {"KA2ERSegment.cli.view"}
+    assert {"slicer", "trame", "SlicerKA2ERLib"} <= set(network["forbidden_modules"])
+
+
 def test_picture_of_the_layers_is_that_of_the_contract() -> None:
-    layers = [" | ".join(re.findall(r"\w+", line)) for line in _contract("layers")["layers"]]
+    layers = [" | ".join(re.findall(r"\w+", line)) for line in _contract("library layers, top to bottom")["layers"]]
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
     assert "\n".join(("```", *layers, "```")) in text, (
@@ -75,10 +84,10 @@ def test_picture_of_the_layers_is_that_of_the_contract() -> None:
     )
 
 
-def _contract(kind: str) -> dict[str, Any]:
+def _contract(name: str) -> dict[str, Any]:
     toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     config = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = (each for each in config["tool"]["importlinter"]["contracts"] if each["type"] == kind)
+    (contract,) = (each for each in config["tool"]["importlinter"]["contracts"] if each["name"] == name)
     return contract
 
 

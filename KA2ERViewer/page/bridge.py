@@ -1,0 +1,371 @@
+"""`Bridge`: the logic of the Slicer module on one side, the page's state on the other. It decides nothing itself.
+
+What the user does in the page calls the logic; the logic tells its observers; `refresh` then reads everything from the
+logic and puts it into the page's state, of which trame sends what changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import slicer
+
+from KA2ERSegment.errors import KA2ERError, SessionStateError
+from KA2ERViewer.page.scene import ViewerScene
+from KA2ERViewer.page.surfaces import Surfaces
+from SlicerKA2ERLib.PromptLogic import PromptLogic
+from SlicerKA2ERLib.Protocols import TOOLS
+from SlicerKA2ERLib.Shortcuts import DEFAULT_KEYS
+
+logger = logging.getLogger("KA2ERViewer")
+
+BUSY_INTERVAL, IDLE_INTERVAL = 0.015, 0.1
+"""Seconds between two looks at the logic."""
+PALETTE = ("#f2b45c", "#5fc7e8", "#8fd16a", "#e887b8", "#b59cf2", "#f0e06a", "#ff8f6b", "#5fdcc0")
+"""Of new segments: told apart from each other, from grey, and from the green and red of prompts."""
+BUSY_SHOWN_AFTER = 0.3
+"""Seconds: what is quicker shows no progress, so that nothing flickers at every click."""
+
+
+class Bridge:
+    """One logic, shown and driven by one page.
+
+    Args:
+        server: trame's.
+        around: scene and views.
+        engine: makes the engine (`EngineProtocol`).
+    """
+
+    def __init__(self, server: Any, around: ViewerScene, engine: Callable[[], Any]) -> None:
+        self.state, self.around = server.state, around
+        self.logic = PromptLogic(around.scene, around.logic)
+        self.surfaces = Surfaces(around.scene)
+        self._changed = True
+        self._notice = ""
+        self._latest_tool = "point"
+        self._colored: set[str] = set()
+        self.logic.observers.append(self._on_logic)
+        self.logic.connectEngine(engine)
+        for view in around.slices.values():
+            self.logic.addSliceView(view.interactor(), view.get_view_node())
+        self.state.update(NOTHING_YET)
+        for name, action in self.actions().items():
+            server.trigger(name)(self._guarded(action))
+
+    # -- what the page can ask for -----------------------------------------------------------------------------------
+
+    def actions(self) -> dict[str, Callable[..., None]]:
+        """Name of a trigger -> what it does. Shortcuts have the names of the Slicer module's."""
+        logic = self.logic
+        tools = {tool: lambda tool=tool: self.choose_tool(tool) for tool in TOOLS if tool not in ("none", "roi")}
+        return {
+            **tools,
+            "polarity": lambda: logic.setPolarity(not logic.positive),
+            "positive": lambda: logic.setPolarity(True),
+            "negative": lambda: logic.setPolarity(False),
+            "radius": lambda millimetres: logic.setBrushRadius(millimetres),
+            "undo": lambda: logic.undo() if logic.canUndo else None,
+            "redo": lambda: logic.redo() if logic.canRedo else None,
+            "reset": logic.reset,
+            "cancel": self.cancel,
+            "suggest": logic.suggest,
+            "nextSegment": logic.nextSegment,
+            "selectSegment": logic.selectSegment,
+            "removeSegment": logic.removeSegment,
+            "renameSegment": self.rename_segment,
+            "colorSegment": self.color_segment,
+            "showSegment": self.show_segment,
+            "showExpert": lambda name, shown: logic.setExpertShown(name, bool(shown)),
+            "expertKind": lambda name, kind: logic.setExpertKind(name, kind),
+            "expertOpacity": lambda name, percent: logic.setExpertOpacity(name, float(percent) / 100),
+            "enableExpert": lambda name, enabled: logic.setExpertEnabled(name, bool(enabled)),
+            "disagreement": lambda shown: logic.setDisagreementShown(bool(shown)),
+            "finish": lambda millimetres, islands: logic.setFinish(float(millimetres), bool(islands)),
+            "neighbours": lambda name: logic.setNeighbours(name),
+            "fill": self.set_fill,
+            "dismiss": self.dismiss,
+        }
+
+    def choose_tool(self, tool: str) -> None:
+        """The chosen one is put away by choosing it again."""
+        self.logic.setTool("none" if self.logic.tool == tool else tool)
+
+    def cancel(self) -> None:
+        """What is under way; where nothing is, what is being drawn."""
+        if self.logic.busy:
+            self.logic.cancel()
+        else:
+            tool = self.logic.tool
+            self.logic.setTool("none")
+            self.logic.setTool(tool)
+
+    def rename_segment(self, segment: str, name: str) -> None:
+        """Names are unique: files could not tell two of one name apart."""
+        name = name.strip()
+        if not name:
+            message = "a segment must have a name, got an empty one."
+            raise SessionStateError(message)
+        if any(row.name == name and row.id != segment for row in self.logic.segments()):
+            message = f"segments must have different names, {name!r} is taken. Choose another one."
+            raise SessionStateError(message)
+        self._segment(segment).SetName(name)
+
+    def color_segment(self, segment: str, color: str) -> None:
+        """`color` as #rrggbb."""
+        self._segment(segment).SetColor(*rgb(color))
+        self.surfaces.outdated = True
+
+    def show_segment(self, segment: str, shown: bool) -> None:
+        """In all views."""
+        self._segment(segment)
+        self.logic.segmentationNode.GetDisplayNode().SetSegmentVisibility(segment, bool(shown))
+        self.surfaces.outdated = self._changed = True
+
+    def set_fill(self, percent: float) -> None:
+        """How opaque segments are in slice views."""
+        self.state.fill = float(percent)
+        self._apply_fill()
+
+    def dismiss(self) -> None:
+        """The message was read."""
+        self.state.error = self._notice = ""
+        self._changed = True
+
+    def notice(self, text: str) -> None:
+        """Something that the user should know, and that is no error."""
+        self._notice, self._changed = text, True
+
+    def fail(self, text: str) -> None:
+        """Something went wrong."""
+        self.state.error = text
+
+    def _segment(self, segment: str) -> Any:
+        node = self.logic.segmentationNode
+        found = node.GetSegmentation().GetSegment(segment) if node is not None else None
+        if found is None:
+            message = "that segment is there no more. Choose one of the list."
+            raise SessionStateError(message)
+        return found
+
+    def _guarded(self, action: Callable[..., Any]) -> Callable[..., None]:
+        def act(*arguments: Any) -> None:
+            try:
+                action(*arguments)
+            except KA2ERError as error:
+                self.fail(str(error))
+            self._changed = True
+            self.refresh()
+
+        return act
+
+    # -- volumes -----------------------------------------------------------------------------------------------------
+
+    def show_volume(self, node: Any) -> None:
+        """Work on another volume: its segments are its own, and the former volume leaves the scene."""
+        logic, scene = self.logic, self.around.scene
+        former = logic.volumeNode, logic.segmentationNode
+        logic.setSegmentationNode(None)
+        logic.setVolumeNode(node)
+        self.surfaces.clear()
+        for old in former:
+            if old is not None and old is not node:
+                scene.RemoveNode(old)
+        for view in self.around.slices.values():
+            view.set_background_volume_id(node.GetID())
+            view.get_view_node().RotateToVolumePlane(node) if _oblique(node) else None
+            view.fit_view_to_content()
+        self.around.solid.reset_view()
+        logic.warmUp()
+        if logic.tool == "none":
+            logic.setTool(self._latest_tool)
+        self.dismiss()
+        self.refresh()
+
+    # -- logic -> page -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look at the logic for as long as the page lives."""
+        while True:
+            try:
+                self.logic.poll()
+                self.refresh()
+            except Exception:
+                logger.exception("The page could not follow the logic.")
+            await asyncio.sleep(BUSY_INTERVAL if self.logic.busy else IDLE_INTERVAL)
+
+    def _on_logic(self, event: str) -> None:
+        self._changed = True
+        if event == "error":
+            self.state.error = self.logic.lastError
+        elif event == "result":
+            self.surfaces.outdated = True
+            self._apply_fill()
+        elif event == "state":
+            self._color_new_segments()
+
+    def refresh(self) -> None:
+        """Read everything from the logic; trame sends what is different."""
+        busy = self._busy()
+        if not self._changed and not busy["busy"] and not self.state.busy and not self.surfaces.outdated:
+            return
+        with self.state:
+            self.state.update(busy)
+            if self._changed:
+                self._changed = False
+                self.state.update(self._read())
+            if self.surfaces.outdated and not self.logic.busy and self.surfaces.update(self.logic.segmentationNode):
+                self.around.solid.fit_view_to_content()
+
+    def _busy(self) -> dict[str, Any]:
+        logic = self.logic
+        seconds = logic.elapsedSeconds
+        shown = logic.busy if seconds > BUSY_SHOWN_AFTER or (logic.busy and logic.engineState != "ready") else ""
+        text, share = logic.progress
+        return {
+            "busy": text or shown if shown else "",
+            "busy_percent": -1 if share is None else round(100 * share),
+            "busy_seconds": int(seconds) if shown else 0,
+            "engine": logic.engineState,
+        }
+
+    def _read(self) -> dict[str, Any]:
+        logic = self.logic
+        display = logic.segmentationNode.GetDisplayNode() if logic.segmentationNode is not None else None
+        rows = [
+            {
+                "id": row.id,
+                "name": row.name,
+                "color": css(row.color),
+                "quality": percent(row.quality),
+                "shown": bool(display.GetSegmentVisibility(row.id)) if display is not None else True,
+                "selected": row.id == logic.selectedSegment,
+            }
+            for row in logic.segments()
+        ]
+        experts = [
+            {
+                "name": row.name,
+                "title": row.title,
+                "color": css(row.color),
+                "share": percent(row.share),
+                "shown": row.shown,
+                "kind": row.kind,
+                "opacity": round(100 * row.opacity),
+                "enabled": row.enabled,
+                "fixed": row.name == "foundation",
+            }
+            for row in logic.experts()
+        ]
+        return {
+            "has_volume": logic.volumeNode is not None,
+            "volume_name": logic.volumeNode.GetName() if logic.volumeNode is not None else "",
+            "tool": logic.tool,
+            "positive": logic.positive,
+            "radius": logic.brushRadius,
+            "can_undo": logic.canUndo,
+            "can_redo": logic.canRedo,
+            "segments": rows,
+            "prompt_count": len(logic.prompts()) if logic.selectedSegment else 0,
+            "quality": percent(logic.quality),
+            "experts": experts,
+            "disagreement_shown": logic.disagreementShown,
+            "suggestion": suggestion_text(logic.suggestion),
+            "smoothing": logic.smoothingMm,
+            "islands": logic.islands,
+            "neighbours_mode": logic.neighbours,
+            "notice": self._notice,
+        }
+
+    def _color_new_segments(self) -> None:
+        """Slicer takes their colours from a table that only comes with the application."""
+        for n, row in enumerate(self.logic.segments()):
+            if row.id not in self._colored:
+                self._colored.add(row.id)
+                self._segment(row.id).SetColor(*rgb(PALETTE[n % len(PALETTE)]))
+
+    def _apply_fill(self) -> None:
+        node = self.logic.segmentationNode
+        display = node.GetDisplayNode() if node is not None else None
+        if display is not None:
+            display.SetOpacity2DFill(self.state.fill / 100)
+            display.SetOpacity2DOutline(1.0)
+            display.SetVisibility3D(False)  # `Surfaces` shows them there
+
+    def close(self) -> None:
+        """The page is over."""
+        self.surfaces.clear()
+        self.logic.close()
+
+
+def css(color: tuple[float, float, float]) -> str:
+    """#rrggbb of a colour in 0..1."""
+    return "#" + "".join(f"{round(255 * part):02x}" for part in color)
+
+
+def rgb(color: str) -> tuple[float, float, float]:
+    """Of #rrggbb, in 0..1."""
+    red, green, blue = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
+    return red, green, blue
+
+
+def percent(share: float | None) -> int:
+    """-1 where there is none: JavaScript and None do not go well together in templates."""
+    return -1 if share is None else round(100 * share)
+
+
+def suggestion_text(suggestion: Any) -> str:
+    """Where to click next, for people."""
+    if suggestion is None:
+        return ""
+    (r, a, s), positive = suggestion
+    kind = "inside" if positive else "outside"
+    ways = ("R" if r > 0 else "L", "A" if a > 0 else "P", "S" if s > 0 else "I")
+    where = ", ".join(f"{way} {abs(value):.0f}" for way, value in zip(ways, (r, a, s), strict=True))
+    return f"Click {kind} the structure at {where} mm: the views are there."
+
+
+def _oblique(node: Any) -> bool:
+    """Whether no voxel axis is along R, A or S."""
+    matrix = slicer.util.arrayFromVTKMatrix(_directions(node))
+    return bool((abs(matrix[:3, :3]).max(axis=0) < 0.999).any())
+
+
+def _directions(node: Any) -> Any:
+    import vtk
+
+    matrix = vtk.vtkMatrix4x4()
+    node.GetIJKToRASDirectionMatrix(matrix)
+    return matrix
+
+
+NOTHING_YET: dict[str, Any] = {
+    "has_volume": False,
+    "volume_name": "",
+    "tool": "none",
+    "positive": True,
+    "radius": 3.0,
+    "can_undo": False,
+    "can_redo": False,
+    "segments": [],
+    "prompt_count": 0,
+    "quality": -1,
+    "experts": [],
+    "disagreement_shown": False,
+    "suggestion": "",
+    "smoothing": 0.0,
+    "islands": True,
+    "neighbours_mode": "keep",
+    "busy": "",
+    "busy_percent": -1,
+    "busy_seconds": 0,
+    "engine": "stopped",
+    "error": "",
+    "notice": "",
+    "reading": "",
+    "fill": 35,
+    "keys": DEFAULT_KEYS,
+}
+"""The page's state before anything happened. Its names are those that `layout` uses."""

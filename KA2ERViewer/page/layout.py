@@ -1,0 +1,88 @@
+"""Puts the page together: the template `page.html`, its look `page.css`, and what it needs in the browser `page.js`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trame.ui.vuetify3 import VAppLayout
+from trame.widgets import html
+
+from KA2ERViewer.page.windows import PRESETS
+from SlicerKA2ERLib.Shortcuts import DEFAULT_KEYS
+
+HERE = Path(__file__).parent
+TOOLS = {
+    "point": ("mdi-crosshairs", "Point", "Click on the structure, or beside it"),
+    "box": ("mdi-select", "Box", "Drag a box around the structure"),
+    "scribble": ("mdi-draw", "Scribble", "Draw along the structure"),
+    "lasso": ("mdi-lasso", "Lasso", "Draw around the structure"),
+}
+SAVES = {
+    "seg.nrrd": ("Segmentation", ".seg.nrrd, for 3D Slicer: names, colours, overlaps"),
+    "nii.gz": ("Label map", ".nii.gz: the first segment is 1, the second 2"),
+    "json": ("Prompts", ".json: every click, to be replayed"),
+    "mrb": ("Scene", ".mrb: volume, segments and prompts, opens in 3D Slicer"),
+}
+LAYOUTS = {"Four": "Four views", "Red": "Axial", "ThreeD": "3D", "Green": "Coronal", "Yellow": "Sagittal"}
+WORDS = {
+    "polarity": "Structure or not structure",
+    "undo": "Undo",
+    "redo": "Redo",
+    "reset": "Empty the segment",
+    "suggest": "Where to click next",
+    "nextSegment": "Next segment",
+    "cancel": "Cancel",
+}
+ENGINE = {
+    "none": "No engine",
+    "stopped": "Engine sleeps",
+    "starting": "Engine starting…",
+    "ready": "Engine ready",
+    "dead": "Engine stopped",
+}
+DARK = {
+    "defaultTheme": "reading",
+    "themes": {
+        "reading": {
+            "dark": True,
+            "colors": {
+                "background": "#0b0e13",
+                "surface": "#161c26",
+                "primary": "#6cb6ff",
+                "success": "#5fd08a",
+                "error": "#ff8a80",
+                "warning": "#f3c969",
+            },
+        }
+    },
+}
+"""For reading rooms; all text on it has a contrast of at least 4.5."""
+
+
+def build(server: Any) -> None:
+    """Make the page of a server."""
+    state = server.state
+    state.trame__title = "KA2ER Segment"
+    state.update(
+        {
+            "layout": "Four",
+            "help": False,
+            "tools": [{"name": name, "icon": i, "title": t, "hint": h} for name, (i, t, h) in TOOLS.items()],
+            "saves": [{"kind": kind, "title": t, "subtitle": s} for kind, (t, s) in SAVES.items()],
+            "layouts": [{"name": name, "title": title} for name, title in LAYOUTS.items()],
+            "windows": list(PRESETS),
+            "engine_words": ENGINE,
+            "shortcuts": [{"key": DEFAULT_KEYS[name], "title": title} for name, title in _titles().items()],
+        }
+    )
+    server.enable_module(
+        {"serve": {"ka2er": str(HERE / "static")}, "scripts": ["ka2er/page.js"], "styles": ["ka2er/page.css"]}
+    )
+    config = {"theme": DARK, "defaults": {"VBtn": {"variant": "tonal", "size": "small", "rounded": "md"}}}
+    with VAppLayout(server, vuetify_config=config):
+        html.Div((HERE / "page.html").read_text(encoding="utf-8"), classes="whole")
+
+
+def _titles() -> dict[str, str]:
+    return {**{name: title for name, (_, title, _) in TOOLS.items()}, **WORDS}

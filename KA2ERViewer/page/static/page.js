@@ -1,0 +1,135 @@
+// What the page needs in the browser: files in, shortcuts, and what to do when the connection is lost.
+"use strict";
+const ask = (name, ...values) => window.trame?.trigger(name, values);
+
+// -- files ------------------------------------------------------------------------------------------------------------
+
+function choose(folder) {
+  const input = document.createElement("input");
+  input.type = "file";
+  input.multiple = true;
+  input.webkitdirectory = folder;
+  input.hidden = true;
+  input.onchange = () => { send([...input.files]); input.remove(); };
+  input.oncancel = () => input.remove();
+  document.body.append(input);
+  input.click();
+}
+addEventListener("click", (event) => {
+  const open = event.target.closest?.("[data-open]");
+  if (open) choose(open.dataset.open === "folder");
+});
+
+async function send(files) {
+  if (!files.length) return;
+  const state = window.trame.state, total = files.reduce((sum, file) => sum + file.size, 0);
+  const show = (text) => state.set("reading", text);
+  let sent = 0;
+  show("Sending…");
+  try {
+    const { batch } = await checked(fetch("upload", { method: "POST" }));
+    for (const file of files) {
+      const name = encodeURIComponent(file.name);
+      await checked(fetch(`upload/${batch}?name=${name}`, { method: "PUT", body: file }));
+      sent += file.size;
+      show(`Sending… ${Math.round((100 * sent) / Math.max(1, total))} %`);
+    }
+    show("Reading…");
+    await checked(fetch(`upload/${batch}/open`, { method: "POST" }));
+  } catch (error) {
+    state.set("error", error.message);
+  } finally {
+    show("");
+  }
+}
+
+async function checked(request) {
+  let answer;
+  try { answer = await request; } catch { throw new Error("the connection was lost while files were sent. Try again."); }
+  const body = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(body.detail || `the viewer answered ${answer.status}. Try again.`);
+  return body;
+}
+
+async function filesOf(entry) {
+  if (entry.isFile) return [await new Promise((done, fail) => entry.file(done, fail))];
+  const reader = entry.createReader(), all = [];
+  for (;;) {
+    const some = await new Promise((done, fail) => reader.readEntries(done, fail));
+    if (!some.length) return all;
+    for (const one of some) all.push(...(await filesOf(one)));
+  }
+}
+
+let hovering = 0;
+const dropping = (on) => document.documentElement.classList.toggle("dropping", on);
+addEventListener("dragenter", (event) => { event.preventDefault(); hovering += 1; dropping(true); });
+addEventListener("dragleave", () => { hovering -= 1; if (hovering <= 0) dropping(false); });
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", async (event) => {
+  event.preventDefault();
+  hovering = 0;
+  dropping(false);
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  send((await Promise.all(entries.map(filesOf))).flat());
+});
+
+// -- shortcuts --------------------------------------------------------------------------------------------------------
+
+function pressed(event) {
+  const parts = [];
+  if (event.ctrlKey || event.metaKey) parts.push("ctrl");
+  if (event.shiftKey) parts.push("shift");
+  parts.push(event.key === "Escape" ? "esc" : event.key.toLowerCase());
+  return parts.join("+");
+}
+
+addEventListener("keydown", (event) => {
+  const into = event.target;
+  if (into.closest?.("input[type=text], input[type=password], textarea, select, [role=dialog]") || event.altKey) return;
+  const state = window.trame?.state;
+  if (!state) return;
+  if (event.key === "?") return void state.set("help", true);
+  const keys = state.get("keys") || {}, key = pressed(event);
+  const action = Object.keys(keys).find((name) => keys[name].toLowerCase() === key);
+  if (!action || action === "roi") return;
+  event.preventDefault();
+  ask(action);
+}, true);
+
+// -- the connection ---------------------------------------------------------------------------------------------------
+
+const RealSocket = window.WebSocket;
+window.WebSocket = class extends RealSocket {
+  constructor(...given) {
+    super(...given);
+    this.addEventListener("close", (event) => lost(event.code));
+  }
+};
+
+let leaving = false;
+addEventListener("beforeunload", () => { leaving = true; });
+
+function lost(code) {
+  if (leaving || document.getElementById("lost")) return;
+  const box = document.createElement("div");
+  box.id = "lost";
+  box.setAttribute("role", "alertdialog");
+  const elsewhere = code === 4001;
+  const words = elsewhere ? "This session is open in another tab." : "The connection was lost. Trying to get it back…";
+  box.innerHTML = `<div><p>${words}</p><button type="button">${elsewhere ? "Use it here" : "Reload"}</button></div>`;
+  const button = box.querySelector("button");
+  button.onclick = () => location.reload();
+  document.body.append(box);
+  button.focus();
+  if (!elsewhere) comeBack(box.querySelector("p"));
+}
+
+async function comeBack(words) {
+  for (;;) {
+    await new Promise((done) => setTimeout(done, 1000));
+    const answer = await fetch("alive", { cache: "no-store" }).catch(() => null);
+    if (answer?.ok) return location.reload(); // all state is in the session's process: it comes back with the page
+    if (answer?.status === 404) return void (words.textContent = "This session is over. Reload to begin another one.");
+  }
+}

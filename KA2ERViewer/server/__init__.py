@@ -1,0 +1,1 @@
+"""All that listens on the network: lets browsers in, and gives each tab a process. No Slicer, no trame."""

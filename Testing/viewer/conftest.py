@@ -1,0 +1,201 @@
+"""The viewer as users start it, and a real browser in front of it. Fixtures are named as things."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PICTURES = os.environ.get("KA2ERSEGMENT_PICTURES", "")
+"""Folder for screenshots of the main states; none are kept without it."""
+SHAPE_KJI = (44, 60, 52)
+SPACING = (1.6, 1.4, 2.0)
+BALL = (6.0, -4.0, 8.0)
+"""Centre of the bright ball in `a_phantom`, RAS mm: off the middle, so that a swapped axis shows."""
+RADIUS = 17.0
+
+
+def _chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="session")
+def a_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bright ball in a darker block, with noise: what a click on it must find."""
+    import nibabel
+
+    affine = np.diag([*SPACING, 1.0])
+    affine[:3, 3] = [-spacing * (size - 1) / 2 for spacing, size in zip(SPACING, SHAPE_KJI[::-1], strict=True)]
+    i, j, k = np.meshgrid(*(np.arange(size) for size in SHAPE_KJI[::-1]), indexing="ij")
+    world = np.stack([i, j, k], axis=-1) * SPACING + affine[:3, 3]
+    array = np.where(np.linalg.norm(world - BALL, axis=-1) < RADIUS, 160.0, 40.0)
+    array += np.random.default_rng(0).normal(0, 6, array.shape)
+    path = tmp_path_factory.mktemp("phantom") / "ball.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), affine), path)
+    return path
+
+
+@dataclass
+class Viewer:
+    """A viewer that runs in a process of its own."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+
+@pytest.fixture(scope="session")
+def a_viewer(a_phantom: Path) -> Iterator[Viewer]:
+    """Started by the command line, with the shipped bundle."""
+    pytest.importorskip("trame_slicer", reason="needs the viewer's environment: make test-view")
+    command = [sys.executable, "-m", "KA2ERSegment.cli", "view", str(a_phantom), "--port", "0", "--no-browser"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert "http://" in line, f"the viewer said {line!r} and not where it is"
+    yield Viewer(line.split()[-1], process)
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def a_browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-view")
+    executable = _chromium()
+    if executable is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """One tab, and what a user does in it."""
+
+    BALL, RADIUS = BALL, RADIUS
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page, self.foreign = page, []
+        self._origin = url.rstrip("/")
+        page.on("request", self._note)
+        page.goto(url)
+        self.wait_until_ready()
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith((self._origin, f"blob:{self._origin}", "data:")):
+            self.foreign.append(request.url)
+
+    def wait_until_ready(self) -> None:
+        """A volume is shown, and the engine can be asked."""
+        self.page.wait_for_selector(".volume-name", timeout=120_000)
+        self.page.wait_for_selector(".engine-ready", timeout=120_000)
+        self.still()
+
+    def still(self) -> None:
+        """Nothing is under way, and views have drawn what came of it."""
+        end = time.monotonic() + 120
+        time.sleep(0.4)
+        while self.page.locator(".status-text").inner_text() not in ("Ready", "Choose a tool"):
+            assert time.monotonic() < end, "still busy after two minutes"
+            time.sleep(0.1)
+        before = None
+        while before is None or not all(np.array_equal(before[name], now) for name, now in self.pictures().items()):
+            before = self.pictures()
+            time.sleep(0.5)
+
+    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Wait for what comes by itself, such as the answer to a question."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"did not come true within {seconds:.0f} s"
+            time.sleep(0.2)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        return {name: self.picture(name) for name in ("Red", "Green", "Yellow")}
+
+    def picture(self, view: str) -> np.ndarray:
+        """(rows, columns, 3) of what is on the screen."""
+        from PIL import Image
+
+        shot = self.page.locator(f".view-{view} img").first.screenshot()
+        return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
+
+    def at(self, view: str, ras: tuple[float, float, float]) -> tuple[float, float]:
+        """Where a point is on the screen, from the scene's geometry: views are fitted, and R is left."""
+        box = self.page.locator(f".view-{view}").bounding_box()
+        axes = {"Red": (0, 1), "Green": (0, 2), "Yellow": (1, 2)}[view]
+        sizes = [SPACING[n] * SHAPE_KJI[::-1][n] for n in axes]
+        scale = min(box["width"] / sizes[0], box["height"] / sizes[1])
+        x, y = (ras[n] * scale for n in axes)
+        return box["x"] + box["width"] / 2 - x, box["y"] + box["height"] / 2 - y
+
+    def colored(self, view: str) -> np.ndarray:
+        """Where a picture is not grey, as a segment or an overlay makes it: (rows, columns) bool."""
+        picture = self.picture(view)
+        return picture.max(axis=-1) - picture.min(axis=-1) > 30
+
+    def middle_of(self, view: str, where: np.ndarray) -> tuple[float, float]:
+        """Mean position of true pixels on the screen."""
+        box = self.page.locator(f".view-{view} img").first.bounding_box()
+        rows, columns = np.nonzero(where)
+        return box["x"] + columns.mean() + 0.5, box["y"] + rows.mean() + 0.5
+
+    def click(self, view: str, ras: tuple[float, float, float]) -> None:
+        self.page.mouse.move(*self.at(view, ras))
+        self.page.mouse.down()
+        self.page.mouse.up()
+        self.still()
+
+    def drag(self, view: str, corners: list[tuple[float, float, float]]) -> None:
+        self.page.mouse.move(*self.at(view, corners[0]))
+        self.page.mouse.down()
+        for corner in corners[1:]:
+            self.page.mouse.move(*self.at(view, corner), steps=6)
+        self.page.mouse.up()
+        self.still()
+
+    def press(self, keys: str) -> None:
+        self.page.keyboard.press(keys)
+        self.still()
+
+    def keep(self, name: str) -> None:
+        """A screenshot for the documentation."""
+        if PICTURES:
+            Path(PICTURES).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=str(Path(PICTURES) / f"{name}.png"))
+
+
+@pytest.fixture
+def open_tab(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
+    """Opens a tab with a session of its own, or that of an address."""
+    contexts = []
+
+    def opened(url: str | None = None) -> Tab:
+        context = a_browser.new_context(viewport={"width": 1280, "height": 720}, accept_downloads=True)
+        contexts.append(context)
+        return Tab(context.new_page(), url or a_viewer.url)
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def a_tab(open_tab: Callable[..., Tab]) -> Tab:
+    """A tab in which nothing was done yet."""
+    return open_tab()

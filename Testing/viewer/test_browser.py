@@ -1,0 +1,206 @@
+"""What users do, in a real browser: clicks go in, pixels come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_click_colours_what_was_clicked_and_nothing_else(a_tab: Any) -> None:
+    before = a_tab.colored("Red")
+
+    a_tab.click("Red", a_tab.BALL)
+
+    new = a_tab.colored("Red") & ~before
+    a_tab.keep("viewer-mask")
+    assert a_tab.page.locator(".segments li").count() == 1
+    assert np.allclose(a_tab.middle_of("Red", new), a_tab.at("Red", a_tab.BALL), atol=12)
+    box = a_tab.page.locator(".view-Red").bounding_box()
+    assert new.sum() < 0.5 * box["width"] * box["height"]
+    assert a_tab.colored("Green").sum() > 200
+    assert a_tab.colored("Yellow").sum() > 200
+
+
+def test_undo_takes_the_pixels_away_and_redo_brings_them_back(a_tab: Any) -> None:
+    empty = a_tab.colored("Green").sum()
+    a_tab.click("Red", a_tab.BALL)
+    full = a_tab.colored("Green").sum()
+
+    a_tab.press("Control+z")
+    undone = a_tab.colored("Green").sum()
+    a_tab.press("Control+y")
+
+    assert full > undone + 200
+    assert undone <= empty + 50
+    assert a_tab.colored("Green").sum() > 0.9 * full
+
+
+def test_negative_click_takes_pixels_away_and_undo_brings_them_back(a_tab: Any) -> None:
+    r, a, s = a_tab.BALL
+    a_tab.click("Red", a_tab.BALL)
+    marked = a_tab.colored("Green").sum()
+
+    a_tab.press("n")
+    assert a_tab.page.locator(".negative.chosen").count() == 1
+    a_tab.click("Red", (r + 0.5 * a_tab.RADIUS, a, s))
+    less = a_tab.colored("Green").sum()
+    a_tab.press("Control+z")
+
+    assert less < marked
+    assert a_tab.colored("Green").sum() > less
+
+
+def test_box_and_lasso_each_make_a_segment(a_tab: Any) -> None:
+    r, a, s = a_tab.BALL
+    half = 0.8 * a_tab.RADIUS
+    corners = [(r - half, a - half, s), (r + half, a - half, s), (r + half, a + half, s), (r - half, a + half, s)]
+
+    a_tab.press("x")
+    a_tab.drag("Red", [corners[0], corners[2]])
+    assert a_tab.colored("Green").sum() > 200
+    a_tab.press("e")
+    a_tab.press("l")
+    a_tab.drag("Red", [*corners, corners[0]])
+
+    assert a_tab.page.locator(".segments li").count() == 2
+    assert a_tab.page.locator(".message.error").count() == 0
+
+
+def test_overlay_of_an_expert_changes_the_view_and_off_is_as_before(a_tab: Any) -> None:
+    a_tab.click("Red", a_tab.BALL)
+    off = a_tab.picture("Red")
+    button = a_tab.page.locator(".show-expert").nth(1)
+
+    button.click()
+    a_tab.until(lambda: np.abs(a_tab.picture("Red") - off).mean() > 1)
+    a_tab.keep("viewer-overlay")
+    button.click()
+
+    a_tab.until(lambda: np.abs(a_tab.picture("Red") - off).mean() < 0.1)
+
+
+def test_shares_of_experts_and_expected_dice_are_shown_after_a_prompt(a_tab: Any) -> None:
+    assert a_tab.page.locator(".badge").count() == 0
+
+    a_tab.click("Red", a_tab.BALL)
+
+    shares = a_tab.page.locator(".experts .number").all_inner_texts()
+    assert 97 <= sum(int(share.rstrip(" %")) for share in shares) <= 103
+    assert a_tab.page.locator(".badge").inner_text().startswith("Dice to expect")
+
+
+def test_saved_files_read_back_with_the_segment_where_the_ball_is(a_tab: Any, tmp_path: Path) -> None:
+    import nibabel
+    import slicerio
+
+    a_tab.click("Red", a_tab.BALL)
+    labels, segmentation, prompts, scene = (
+        _save(a_tab, kind, tmp_path) for kind in ("nii.gz", "seg.nrrd", "json", "mrb")
+    )
+
+    image = nibabel.load(labels)
+    inside = np.argwhere(np.asarray(image.dataobj) == 1)
+    middle = nibabel.affines.apply_affine(image.affine, inside).mean(axis=0)
+    assert np.linalg.norm(middle - a_tab.BALL) < 6
+    read = slicerio.read_segmentation(str(segmentation))
+    assert [segment["name"] for segment in read["segments"]] == ["Segment_1"]
+    assert abs((read["voxels"] > 0).sum() - len(inside)) == 0
+    assert len(json.loads(prompts.read_text())["steps"]) == 1
+    assert scene.read_bytes()[:2] == b"PK"
+
+
+def test_reload_brings_everything_back(a_tab: Any) -> None:
+    a_tab.click("Red", a_tab.BALL)
+    shown = a_tab.colored("Green").sum()
+
+    a_tab.page.reload()
+    a_tab.wait_until_ready()
+
+    assert a_tab.page.locator(".segments li").count() == 1
+    assert a_tab.colored("Green").sum() == pytest.approx(shown, rel=0.1)
+
+
+def test_two_tabs_do_not_see_each_other(a_tab: Any, open_tab: Callable[..., Any]) -> None:
+    a_tab.click("Red", a_tab.BALL)
+
+    other = open_tab()
+
+    assert other.page.url != a_tab.page.url
+    assert other.page.locator(".segments li").count() == 0
+
+
+def test_session_that_is_opened_elsewhere_says_so(a_tab: Any, open_tab: Callable[..., Any]) -> None:
+    open_tab(a_tab.page.url)
+
+    a_tab.page.wait_for_selector("#lost")
+    assert "another tab" in a_tab.page.locator("#lost").inner_text()
+
+
+def test_file_that_is_no_volume_gets_a_readable_message(a_tab: Any, tmp_path: Path) -> None:
+    wrong = tmp_path / "letter.nii.gz"
+    wrong.write_text("Dear doctor")
+
+    _open(a_tab, wrong)
+
+    text = a_tab.page.locator(".message.error").inner_text()
+    assert "'letter.nii.gz'" in text
+    assert "DICOM" in text
+    assert a_tab.page.locator(".volume-name").inner_text() == "ball"
+
+
+def test_volume_can_be_opened_in_the_page(a_tab: Any, a_phantom: Path, tmp_path: Path) -> None:
+    path = tmp_path / "another one.nii.gz"
+    path.write_bytes(a_phantom.read_bytes())
+    a_tab.click("Red", a_tab.BALL)
+
+    _open(a_tab, path)
+    a_tab.page.wait_for_function("document.querySelector('.volume-name').innerText === 'another one'")
+    a_tab.still()
+
+    assert a_tab.page.locator(".segments li").count() == 0
+    a_tab.click("Red", a_tab.BALL)
+    assert a_tab.page.locator(".segments li").count() == 1
+
+
+def test_no_request_leaves_the_machine(a_tab: Any) -> None:
+    a_tab.click("Red", a_tab.BALL)
+    a_tab.page.locator("text=Views").click()
+    a_tab.page.wait_for_selector(".v-list-item")
+
+    assert a_tab.foreign == []
+
+
+def test_keyboard_reaches_tools_lists_and_sliders(a_tab: Any) -> None:
+    a_tab.click("Red", a_tab.BALL)
+    name = "document.activeElement.className.split(' ').filter(part => part.includes('-')).pop()"
+    reached = []
+    for _ in range(60):
+        a_tab.page.keyboard.press("Tab")
+        reached.append(a_tab.page.evaluate(f"{name} || document.activeElement.className"))
+
+    for part in ("tool", "action-undo", "segment-name", "show-expert", "action-suggest", "slice-slider"):
+        assert any(part in each for each in reached), f"Tab never came to {part}: {reached}"
+
+
+def _save(tab: Any, kind: str, folder: Path) -> Path:
+    tab.page.locator(".save-button").click()
+    with tab.page.expect_download() as download:
+        tab.page.locator(f'[data-save="{kind}"]').click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    tab.page.keyboard.press("Escape")
+    return path
+
+
+def _open(tab: Any, path: Path) -> None:
+    with tab.page.expect_file_chooser() as chooser:
+        tab.page.locator("[data-open=files]").first.click()
+    chooser.value.set_files(path)
+    tab.page.wait_for_timeout(1500)
