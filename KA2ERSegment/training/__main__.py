@@ -31,14 +31,19 @@ from KA2ERSegment.training.calibrate import calibrate
 from KA2ERSegment.training.card import write_bundle
 from KA2ERSegment.training.config import read_config
 from KA2ERSegment.training.feeding import AUTO
+from KA2ERSegment.training.gating import train_gate
 from KA2ERSegment.training.items import load_items, pack, split_held_out
 from KA2ERSegment.training.pretrained import foundation_weights
-from KA2ERSegment.training.run import ACCELERATORS, Clock, Run, Unfinished, describe, fit
+from KA2ERSegment.training.run import ACCELERATORS, Clock, Run, Unfinished, base, describe, fit, take_fitting
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, TargetDataset
+from KA2ERSegment.training.specialists import train_specialists
 from KA2ERSegment.training.stages import ExpertStage, PromptableStage
 from KA2ERSegment.training.voting import report_of, train_voting
 
 logger = logging.getLogger("KA2ERSegment")
+
+LATER = {"specialists": train_specialists, "gate": train_gate}
+"""Stages that go on from a bundle, in their order; a whole run has those that its config has a section for."""
 
 
 def train(
@@ -46,10 +51,10 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the bundle.")] = Path("runs/first"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     start: Annotated[
-        Path | None, typer.Option(help="Bundle to begin from; of the config's plans, but for 'voting'.")
+        Path | None, typer.Option(help="Bundle to begin from; of the config's plans, where it is to be trained whole.")
     ] = None,
     stage: Annotated[
-        str, typer.Option(help="Only this stage: an expert's name, 'foundation', 'amalgamation', 'voting', ...")
+        str, typer.Option(help="Only this stage: an expert's name, 'foundation', 'amalgamation', 'gate', ...")
     ] = "",
     data: Annotated[Path, typer.Option(help="Folder that holds the manifests' folders.")] = Path("../shared/data"),
     cache: Annotated[Path, typer.Option(help="Folder of packed items; made where missing.")] = Path("cache/train"),
@@ -77,7 +82,7 @@ def train(
             public = foundation_weights(wanted, plans.foundation, config.parent, cache.parent / "weights")
     except BundleError as error:
         raise typer.BadParameter(str(error)) from error
-    last = ("foundation", "amalgamation", *({"voting"} & settings.keys()), "calibration")
+    last = ("foundation", "amalgamation", *(name for name in (*LATER, "voting") if name in settings), "calibration")
     stages = ("", *(expert.name for expert in plans.experts), *last)
     if stage not in stages:
         message = f"stage must be one of {stages[1:]}, got {stage!r}."
@@ -90,14 +95,14 @@ def train(
         logger.info("packed %d items into %s", len(names), cache)
     items = load_items(cache)
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
-    begin = _begin(start, plans if stage != "voting" else None)
+    begin = _begin(start, plans if stage not in (*LATER, "voting") else None)
     learning, held_out = split_held_out(items, settings.get("held_out", 0))
     clock = Clock(begun, begun + 60 * stop_after if stop_after else math.inf)
     run = Run(
         settings, plans, learning, tasks, output, resume, device, ranks, minutes, begin,
-        workers, save_every, compact, clock, public,
+        workers, save_every, compact, clock, public, held_out,
     )  # fmt: skip
-    if stage != "voting":
+    if stage not in (*LATER, "voting"):
         _take_over_experts(run)
     try:
         for expert, task in zip(plans.experts, tasks, strict=True):
@@ -107,6 +112,9 @@ def train(
             _train_promptable(run, "foundation")
         if stage in ("", "amalgamation") and (resume or not (output / "bundle").exists()):
             _train_promptable(run, "amalgamation")
+        for name, train_later in LATER.items():
+            if stage == name or (not stage and name in settings):
+                train_later(run, begin if stage and begin else load_bundle(output / "bundle"))
         if stage in ("", "voting") and "voting" in settings and (resume or not report_of(run).exists()):
             train_voting(run, begin if stage and begin else load_bundle(output / "bundle"), held_out)
         if stage == "calibration":
@@ -120,7 +128,7 @@ def _begin(folder: Path | None, plans: Plans | None) -> Bundle | None:
     if folder is None:
         return None
     bundle = load_bundle(folder)
-    if plans is not None and bundle.plans.without("experts", "calibration") != plans.without("experts", "calibration"):
+    if plans is not None and base(bundle.plans) != base(plans):
         message = f"--start must be a bundle of the config's plans; those of {str(folder)!r} differ."
         raise typer.BadParameter(message)
     return bundle
@@ -153,7 +161,7 @@ def _task(expert: ExpertPlans, tasks: dict[str, Any]) -> ClassMap:
 
 def _train_expert(run: Run, expert: ExpertPlans, task: ClassMap) -> None:
     options = run.budget("expert")
-    fitting = _fitting(options)
+    fitting = take_fitting(options)
     own = [item for item in run.items if task.covers(item)]
     module = ExpertStage(expert, **options)
     sampling = SamplingOptions(run.plans.patch_size, run.plans.margin, lesions=0.0, parts=0.0, unions=0.0)
@@ -168,7 +176,7 @@ def _train_expert(run: Run, expert: ExpertPlans, task: ClassMap) -> None:
 def _train_promptable(run: Run, stage: str) -> None:
     """The stage 'foundation', without experts, or 'amalgamation', from there or from the bundle to begin from."""
     options = run.budget(stage)
-    fitting = _fitting(options)
+    fitting = take_fitting(options)
     plans = run.plans.without("experts") if stage == "foundation" else run.plans
     trained = [expert for expert in plans.experts if run.expert_weights(expert).exists() or stage == "amalgamation"]
     experts = {expert.name: load_file(run.expert_weights(expert)) for expert in trained}
@@ -179,8 +187,9 @@ def _train_promptable(run: Run, stage: str) -> None:
     if start is None and run.public is not None:
         load_tensors(module.model.foundation, run.public)
     if start is not None:  # bundles hold the learnt part scaled
-        own = {name: tensor for name, tensor in tensors_by_name(module.model).items() if name.startswith("experts.")}
-        load_tensors(module.model, start.weights() | own)
+        known = tensors_by_name(module.model)  # a gate or a voting head is made anew after this stage
+        own = {name: tensor for name, tensor in known.items() if name.startswith("experts.")}
+        load_tensors(module.model, {n: t for n, t in start.weights().items() if n in known} | own)
         module.model.mask_decoder.shrink(1 / share)
     sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
     dataset = TargetDataset(run.items, sampling, module.seed, run.tasks)
@@ -223,11 +232,6 @@ def _decoders(run: Run) -> dict[str, nn.Module]:
         load_tensors(network, encoder | load_file(run.expert_decoder(expert)))
         decoders[expert.name] = cast("nn.Module", network.decoder)
     return decoders
-
-
-def _fitting(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes out of a stage's options those that say how it is fitted, not what it is."""
-    return {key: options.pop(key) for key in ("batch", "accumulate", "average") if key in options}
 
 
 if __name__ == "__main__":

@@ -218,6 +218,12 @@ def with_calibration(content: Content, calibrated: Calibrated, seen: int) -> Con
     return replace(content, plans=plans, card="\n".join(lines) + "\n")
 
 
+def uncalibrated(content: Content) -> Content:
+    """The content without temperatures: those of a model whose answers change are no longer its own."""
+    lines = [_FORMER if line.startswith(_SENTENCE) else line for line in content.card.splitlines()]
+    return replace(content, plans=replace(content.plans, calibration={}), card="\n".join(lines) + "\n")
+
+
 def calibrate(
     bundle: Bundle,
     learning: Sequence[TrainingItem],

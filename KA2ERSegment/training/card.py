@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -118,6 +119,16 @@ def with_results(card: str, summaries: Sequence[Path]) -> str:
         titles = "| source | objects | Dice, box | Dice, 1 click | Dice, 5 clicks | DSC AUC (of 4) | NSD AUC (of 4) |"
         tables.append("\n".join([header, "", titles, "|---|---|---|---|---|---|---|", *lines]))
     return card.split(RESULTS)[0].rstrip() + f"\n\n{RESULTS}\n" + "\n\n".join(tables) + "\n"
+
+
+def with_section(card: str, title: str, text: str) -> str:
+    """The card with a section of that title (Markdown, "## ..."), a former one replaced.
+
+    Results are left out: they were those of the bundle before.
+    """
+    parts = re.split(r"(?m)^(?=## )", card)
+    kept = [part.strip() for part in parts if part.strip() and not part.startswith((title, RESULTS))]
+    return "\n\n".join([*kept, f"{title}\n{text.strip()}"]) + "\n"
 
 
 def _cell(value: object) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 import typer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import safe_open
 from torch import Tensor
 
 from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.convolution import SoundConvolution
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training.feeding import Feed, Throughput, workers_for
-from KA2ERSegment.training.items import TrainingItem
+from KA2ERSegment.training.items import TrainingItem, split_held_out
 from KA2ERSegment.training.sampling import ClassMap, TargetDataset
 from KA2ERSegment.training.saving import Average, CompactCheckpoints, Safeguard
 from KA2ERSegment.training.stages import Stage
@@ -55,7 +58,7 @@ class Run:
     Args:
         settings: the config.
         plans: of the bundle to train.
-        items: of split `train`.
+        items: of split `train`, to learn from.
         tasks: of the experts.
         output: folder for checkpoints, logs and the bundle.
         resume: go on from the last checkpoint of a stage.
@@ -68,6 +71,7 @@ class Run:
         compact: whether checkpoints are made small enough to be carried about.
         clock: of the call.
         public: tensors that the foundation begins from, where the config names some and there is no `start`.
+        held_out: items of split `train` of other subjects, which no stage learns from.
     """
 
     settings: dict[str, Any]
@@ -85,6 +89,7 @@ class Run:
     compact: bool = False
     clock: Clock = field(default_factory=Clock)
     public: dict[str, Tensor] | None = None
+    held_out: list[TrainingItem] = field(default_factory=list)
 
     @property
     def on_gpu(self) -> bool:
@@ -107,6 +112,10 @@ class Run:
     def foundation(self) -> Path:
         """The bundle that the stage 'foundation' leaves: experts are switched off in it."""
         return self.output / "bundle-foundation"
+
+    def divided(self) -> tuple[list[TrainingItem], list[TrainingItem]]:
+        """Items to learn from, and items of other subjects; where the config holds none out, one subject in four."""
+        return (self.items, self.held_out) if self.held_out else split_held_out(self.items, 4)
 
 
 def fit(
@@ -202,6 +211,47 @@ def _logger(folder: Path) -> Logger:
     if find_spec("tensorboard") is not None:
         return TensorBoardLogger(folder, name="", version="")
     return CSVLogger(folder, name="", version="")
+
+
+def take_fitting(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of a stage's options those that say how it is fitted, not what it is."""
+    return {key: options.pop(key) for key in ("batch", "accumulate", "average") if key in options}
+
+
+def base(plans: Plans) -> Plans:
+    """The plans with experts switched off, and without what later stages add: what a bundle is begun from."""
+    return replace(plans.without("experts"), gate=None, voting=None, calibration={})
+
+
+def digest(tensors: Mapping[str, Tensor], without: tuple[str, ...]) -> str:
+    """SHA-256 of tensors as a bundle stores them, but for those whose names begin with `without`.
+
+    By it a stage knows whether what lies there was made for these weights.
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        if not name.startswith(without):
+            found.update(name.encode() + tensors[name].detach().cpu().half().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def made_for(file: Path, base: str) -> bool:
+    """Whether a safetensors file is there and was made for the weights of this digest."""
+    if not file.exists():
+        return False
+    with safe_open(file, framework="pt") as opened:
+        return (opened.metadata() or {}).get("base") == base
+
+
+def on_rank_zero() -> bool:
+    """Whether this process is the one that writes; also right before and between fits."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def wait_for_all() -> None:
+    """Let the other ranks wait until this one has come as far."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def describe(device: torch.device, ranks: int) -> str:

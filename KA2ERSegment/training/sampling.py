@@ -63,6 +63,11 @@ class ClassMap:
         return table
 
 
+def family_of(item: TrainingItem, tasks: Sequence[ClassMap]) -> int:
+    """Number of the first task that covers an item, from 1; 0 where none does."""
+    return next((number for number, task in enumerate(tasks, start=1) if task.covers(item)), 0)
+
+
 class Mode(Enum):
     """How the user starts."""
 
@@ -186,15 +191,15 @@ def draw_case(
         channel = int(rng.integers(len(item.images)))
         image, inside = sample_image(item.images[channel], patch)
         statistics = item.statistics[channel]
-    task = next((n for n, task in enumerate(tasks) if task.covers(item)), -1)
-    classes = tasks[task].classes(item, labels) if task >= 0 else np.full_like(labels, IGNORE)
+    family = family_of(item, tasks)
+    classes = tasks[family - 1].classes(item, labels) if family else np.full_like(labels, IGNORE)
     arrays = [labels, image.numpy(), inside.numpy(), target, box, outside, classes]
     arrays, order = _flip_and_turn(arrays, rng)
     keys = ("labels", "image", "inside", "target", "box", "outside", "classes")
     case = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in zip(keys, arrays, strict=True)}
     step = np.multiply(patch.step, item.spacing)[::-1][order]  # KJI, in the order that the arrays were turned to
     case["step"], case["statistics"] = torch.from_numpy(step.astype(np.float32)), statistics
-    case["real"], case["mode"], case["task"] = torch.tensor(real), torch.tensor(mode.value), torch.tensor(task + 1)
+    case["real"], case["mode"], case["task"] = torch.tensor(real), torch.tensor(mode.value), torch.tensor(family)
     return case
 
 

@@ -72,9 +72,7 @@ class Stage(lightning.LightningModule):
 
     def shown(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, S, S, S): real images disturbed, the others made from their labels."""
-        made = synthesis.make_image(batch["labels"], batch["target"], self.generator)
-        image = torch.where(batch["real"][:, None, None, None], batch["image"], made)
-        return synthesis.disturb(image, self.generator)
+        return shown_of(batch, self.generator)
 
     def images(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, 2, S, S, S): the same, normalised."""
@@ -229,6 +227,13 @@ class PromptableStage(Stage):
         first = torch.zeros_like(present)
         first[:, 0] = True
         return present | (nothing & first)
+
+
+def shown_of(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    """(B, S, S, S): real images disturbed, the others made from their labels."""
+    made = synthesis.make_image(batch["labels"], batch["target"], generator)
+    image = torch.where(batch["real"][:, None, None, None], batch["image"], made)
+    return synthesis.disturb(image, generator)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from KA2ERSegment.bundle import CARD, load_bundle
 from KA2ERSegment.testing import tiny_bundle
-from KA2ERSegment.training.card import add_results
+from KA2ERSegment.training.card import RESULTS, add_results, with_section
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,3 +35,10 @@ def test_results_replace_former_ones_and_leave_the_weights_alone(tmp_path: Path)
     assert "| a/b | 3 | 0.400 | 0.500 | 0.750 | 2.500 | 2.000 |" in card
     assert "| mean over sources | 6 |  | 0.500 | 0.750 | 2.500 | 2.000 |" in card
     assert "box, then five clicks, at most 6 objects of one item" in card
+
+
+def test_a_section_replaces_its_former_self_and_takes_results_of_the_former_bundle_away() -> None:
+    card = f"# Model card\n\nText.\n\n## Kept\nas it is\n\n## Mine\nold\n\n{RESULTS}\n| a |\n"
+
+    assert with_section(card, "## Mine", "new\n") == "# Model card\n\nText.\n\n## Kept\nas it is\n\n## Mine\nnew\n"
+    assert with_section("# Model card\n", "## Mine", "new") == "# Model card\n\n## Mine\nnew\n"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from typer.testing import CliRunner
 
 from KA2ERSegment.build import build_model
 from KA2ERSegment.bundle import load_bundle
+from KA2ERSegment.errors import BundleError
+from KA2ERSegment.plans import GatePlans
 from KA2ERSegment.testing import tiny_plans
 from KA2ERSegment.training import __main__ as command
 from KA2ERSegment.training.run import Clock
@@ -176,6 +179,44 @@ def test_a_bundle_of_other_plans_is_refused_as_a_beginning(
     assert result.exit_code == 2
     assert "those of" in " ".join(result.output.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
+
+
+def test_specialists_go_on_from_the_runs_own_bundle_and_are_made_again_when_it_changes(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path
+) -> None:
+    """Without a section in the config the stage only runs when asked for; a new base makes the old ones useless."""
+    output = tmp_path / "run"
+    shutil.copytree(a_finished_run, output)
+    before = load_bundle(output / "bundle")
+    former = before.weights()
+    config = settings(specialists=settings()["amalgamation"] | {"names": ["tiny_brain"]})
+    go = partial(run, a_workplace, output, config=config)
+    file = output / "specialist-tiny_brain.safetensors"
+
+    assert go("--stage", "specialists").exit_code == 0
+    after, first = load_bundle(output / "bundle"), file.stat().st_mtime_ns
+    assert after.plans == replace(before.plans, gate=GatePlans(("tiny_brain",), threshold=1.0))
+    weights = after.weights()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in former.items())
+    assert go().exit_code == 0
+    assert file.stat().st_mtime_ns == first, "they are done"
+    config["amalgamation"] |= {"steps": 3}
+    assert go("--resume").exit_code == 0
+    assert file.stat().st_mtime_ns > first, "a step more, and they belong to another decoder"
+    assert load_bundle(output / "bundle").plans.gate == after.plans.gate
+
+
+def test_the_gate_needs_specialists(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
+    config = settings(gate={**settings()["amalgamation"], "cases": 2, "epochs": 1})
+    go = partial(run, a_workplace, tmp_path / "run", "--stage", "gate", config=config)
+
+    for options, words in (
+        (["--start", str(a_finished_run / "bundle")], "Run stage 'specialists' first"),
+        ([], "bundle"),
+    ):
+        result = go(*options)
+        assert isinstance(result.exception, BundleError)
+        assert words in str(result.exception)
 
 
 @pytest.fixture
