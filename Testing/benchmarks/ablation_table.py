@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Row:
         return method == identity_of(load_bundle(self.bundle), self.off)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", type=Row.parse, metavar="ROW")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the manifests' folders")
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--max-objects-per-item", type=int, default=6)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     for mode in arguments.modes:
         for row in arguments.rows:
             run_row(row, mode, arguments)
@@ -95,7 +96,7 @@ def run_row(row: Row, mode: str, arguments: argparse.Namespace) -> None:
             say(f"{row.name}, {mode}: {count} of {total}, {result.item}, DSC AUC {result.dsc_auc:.2f}")
 
     evaluate(
-        [arguments.data / name for name in MANIFESTS],
+        [path for path in (arguments.data / name for name in MANIFESTS) if path.is_file()],
         segmenter,
         folder,
         split=arguments.split,
