@@ -58,6 +58,9 @@ class Look:
             all or none of the voxels are.
         roc_doubt: the same of min(p, 1 - p), the mask's own doubt.
         weights: mean share of each arm inside the object, as far as the patch reaches.
+        gate: weight of each mask decoder, "general" first; empty without a gate.
+        heard: decoders that were.
+        votes: mean weight of each voting expert inside the object; empty without a voting head.
     """
 
     clicks: int
@@ -67,6 +70,9 @@ class Look:
     roc_disagreement: float | None
     roc_doubt: float | None
     weights: dict[str, float]
+    gate: dict[str, float] = field(default_factory=dict)
+    heard: tuple[str, ...] = ("general",)
+    votes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ class Assessed:
             looks = []
             for look in trial["looks"]:
                 curves = {name: Reliability.from_json(curve) for name, curve in look["reliability"].items()}
-                looks.append(Look(**{**look, "reliability": curves}))
+                looks.append(Look(**{**look, "reliability": curves, "heard": tuple(look["heard"])}))
             trials.append(Trial(**{**trial, "looks": tuple(looks)}))
         return cls(**{**data, "trials": tuple(trials)})
 
@@ -176,8 +182,11 @@ def look_at(prediction: Prediction, truth: BoolArray, clicks: int, rng: np.rando
     for arm in prediction.arms:
         opinion, share = (_values(samples, prediction.patch, kji) for samples in prediction.opinion_on_patch(arm))
         reliability[arm] = Reliability.of(np.where(known, opinion, 0), true)
-        of_object = share[known & true]
-        weights[arm] = float(of_object.mean()) if of_object.size else 0.0
+        weights[arm] = _mean(share[known & true])
+    votes = {
+        voter: _mean(_values(prediction.vote_on_patch(voter)[1], prediction.patch, kji[known & true]))
+        for voter in prediction.voters
+    }
     wrong = mask[tuple(kji.T)] != true
     disagreement = np.where(known, _values(prediction.disagreement_on_patch(), prediction.patch, kji), 0)
     return Look(
@@ -188,7 +197,14 @@ def look_at(prediction: Prediction, truth: BoolArray, clicks: int, rng: np.rando
         roc_disagreement=area_under_roc(disagreement, wrong),
         roc_doubt=area_under_roc(np.minimum(said, 1 - said), wrong),
         weights=weights,
+        gate=dict(prediction.gate),
+        heard=tuple(prediction.decoders),
+        votes=votes,
     )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    return float(values.mean()) if values.size else 0.0
 
 
 def _values(samples: FloatImage, patch: Patch, kji: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:

@@ -114,12 +114,14 @@ def _quality(objects: Sequence[Assessed]) -> dict[str, float | None]:
 def _routing(objects: Sequence[Assessed]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for source, members in by_source(objects).items():
-        weights = [look.weights for _, look in _looks(members)]
-        means = {arm: float(np.mean([each.get(arm, 0.0) for each in weights])) for arm in weights[0]}
+        looks = [look for _, look in _looks(members)]
         rows[source] = {
             "images": ", ".join(sorted({f"{entry.modality} {entry.region}".strip() for entry in members})),
             "own": ", ".join(sorted({entry.own for entry in members if entry.own})),
-            "weights": means,
+            "weights": _means([look.weights for look in looks]),
+            "gate": _means([look.gate for look in looks]),
+            "specialist_heard": float(np.mean([len(look.heard) > 1 for look in looks])),
+            "votes": _means([look.votes for look in looks]),
         }
     known = [(entry, look.weights) for entry, look in _looks(objects) if entry.own in look.weights]
     first = [(entry, max((arm for arm in w if arm != FOUNDATION), key=lambda arm: w[arm])) for entry, w in known]
@@ -128,6 +130,10 @@ def _routing(objects: Sequence[Assessed]) -> dict[str, Any]:
         "own_is_first_expert": _over_sources((entry.source, float(arm == entry.own)) for entry, arm in first),
         "own_is_first_arm": _over_sources((e.source, float(max(w, key=lambda arm: w[arm]) == e.own)) for e, w in known),
     }
+
+
+def _means(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([each.get(name, 0.0) for each in values])) for name in values[0]}
 
 
 def _clicks(objects: Sequence[Assessed], with_box: bool) -> dict[str, dict[str, float | None]]:
@@ -176,6 +182,18 @@ def markdown(found: Mapping[str, Any]) -> str:
     for source, row in routing["sources"].items():
         weights = " | ".join(_cell(row["weights"].get(arm)) for arm in arms)
         lines.append(f"| {source} | {row['images']} | {row['own']} | {weights} |")
+    for kind, title in (("gate", "mean weight of the gate"), ("votes", "mean weight in the vote inside the object")):
+        names = list(next(iter(routing["sources"].values()))[kind])
+        heard = ["a specialist is heard in"] if kind == "gate" else []
+        if names:
+            columns = [title, *names, *heard]
+            lines += ["", "| " + " | ".join(columns) + " |", "|---|" + "---|" * (len(columns) - 1)]
+        for source, row in routing["sources"].items() if names else ():
+            cells = [
+                *(_cell(row[kind].get(name)) for name in names),
+                *(_percent(row["specialist_heard"]) for _ in heard),
+            ]
+            lines.append(f"| {source} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"On images of an expert's own task it has the largest weight of all experts in "
@@ -185,12 +203,12 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"| clicks to Dice {GOAL:g}, at most {MOST_CLICKS} (reached; Dice at the end) | after a box | without a box |",
         "|---|---|---|",
     ]
-    names = {
+    ways = {
         "suggested": "where the session suggests",
         "random": "at random in the error",
         "protocol": "in the middle of the largest error",
     }
-    for policy, name in names.items():
+    for policy, name in ways.items():
         cells = [found["clicks"][kind][policy] for kind in ("box", "clicks")]
         texts = (f"{_cell(c['clicks'], 1)} ({_percent(c['reached'])}; {_cell(c['dice'])})" for c in cells)
         lines.append(f"| {name} | {' | '.join(texts)} |")

@@ -29,7 +29,7 @@ from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.manifests import Item, seed_of
 from KA2ERSegment.plans import ExpertPlans
-from KA2ERSegment.prediction import PackedMask, Prediction
+from KA2ERSegment.prediction import Ballots, PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch
 from KA2ERSegment.prompts import BoxPrompt
 from KA2ERSegment.session import Session
@@ -110,6 +110,25 @@ def test_a_look_counts_voxels_near_the_object_alone() -> None:
     assert look.weights == pytest.approx({"foundation": 0.25, "one": 0.75})
     assert (look.clicks, look.dice) == (3, pytest.approx(2 * 64 / (64 + 80)))
     assert look.quality == prediction.quality
+    assert (look.gate, look.heard, look.votes) == ({}, ("general",), {})
+
+
+def test_a_look_says_who_was_heard_and_how_votes_were_weighed() -> None:
+    truth = np.zeros((16, 16, 16), dtype=bool)
+    truth[6:10, 6:10, 6:10] = True
+    plain = np.where(truth, 2.0, -2.0)
+    inside = np.where(truth, 0.8, 0.1).astype(np.float32)
+    prediction = replace(
+        a_prediction(truth, plain, [plain, plain], [0.5, 0.5]),
+        gate={"general": 0.3, "one": 0.7},
+        decoders={"general": 0.3, "one": 0.7},
+        voters=("base", "heart"),
+        ballots=lambda: Ballots(np.stack([inside, 1 - inside]), np.zeros((2, 16, 16, 16), dtype=np.float32)),
+    )
+    look = look_at(prediction, truth, 0, seed_of("look"))
+    assert look.gate == {"general": 0.3, "one": 0.7}
+    assert look.heard == ("general", "one")
+    assert look.votes == pytest.approx({"base": 0.8, "heart": 0.2})
 
 
 def test_the_own_expert_knows_modality_and_region() -> None:
@@ -234,7 +253,8 @@ def test_every_source_counts_the_same_and_the_routing_table_is_worked_out_by_han
     sure, unsure = (Reliability.of(np.full(10, p), np.ones(10, dtype=bool)) for p in (1.0, 0.6))
 
     def entry(item: str, source: str, own: str, curve: Reliability, weights: dict[str, float], dice: float) -> Assessed:
-        look = Look(0, dice, dice**2, {"mask": curve}, 0.5 + dice / 2, None, weights)
+        gate, heard = {"general": 1 - dice, "heart": dice}, ("general", "heart") if dice > GOAL else ("general",)
+        look = Look(0, dice, dice**2, {"mask": curve}, 0.5 + dice / 2, None, weights, gate, heard, {"base": dice})
         counts = {"protocol": 2, "suggested": 3, "random": 4}
         trials = tuple(
             Trial(box, (look,), counts, dict.fromkeys(counts, dice > GOAL), dict.fromkeys(counts, dice), 0)
@@ -259,7 +279,12 @@ def test_every_source_counts_the_same_and_the_routing_table_is_worked_out_by_han
         "dice": pytest.approx(0.7),
     }
     assert "| b | MR heart | heart | 0.200 | 0.300 | 0.500 |" not in markdown(found)  # no arm has a curve here
-    assert "in 50 % of predictions" in markdown(found)
+    text = markdown(found)
+    assert "in 50 % of predictions" in text
+    assert "| mean weight of the gate | general | heart | a specialist is heard in |" in text
+    assert "| a | 0.100 | 0.900 | 100 % |" in text
+    assert "| b | 0.500 | 0.500 | 0 % |" in text
+    assert "| mean weight in the vote inside the object | base |" in text
 
 
 def test_cases_to_show_are_of_each_experts_own_task_first(a_bundle: Bundle, a_manifest: Path) -> None:
