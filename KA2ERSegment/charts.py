@@ -111,6 +111,34 @@ def chart_of_rows(
     figure.savefig(Path(path), dpi=110, bbox_inches="tight")
 
 
+def chart_of_tables(path: str | os.PathLike[str], tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Tables of numbers from 0 to 1 side by side, each cell as dark as its number is large.
+
+    Args:
+        path: picture to write.
+        tables: title to rows to columns to number; all rows of a table have the same columns.
+    """
+    sizes = [(len(rows), len(next(iter(rows.values())))) for rows in tables.values()]
+    figure = _figure(sum(2.2 + 0.95 * columns for _, columns in sizes), 1.6 + 0.5 * max(rows for rows, _ in sizes))
+    parts = figure.subplots(1, len(tables), squeeze=False, width_ratios=[columns for _, columns in sizes])[0]
+    for axes, (title, rows) in zip(parts, tables.items(), strict=True):
+        columns = list(next(iter(rows.values())))
+        values = [[row[column] for column in columns] for row in rows.values()]
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                ink = "white" if value > 0.6 else "black"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=10)
+        axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_title(title, loc="left", fontsize=12)
+        axes.tick_params(length=0)
+        for side in ("top", "right", "bottom", "left"):
+            axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(Path(path), dpi=110, bbox_inches="tight")
+
+
 def _style(n: int) -> dict[str, Any]:
     return {"color": _LINES[n % len(_LINES)], "linestyle": _STYLES[n // len(_LINES) % len(_STYLES)]}
 

@@ -120,6 +120,32 @@ def load_items(cache: Path) -> list[TrainingItem]:
         return list(pool.map(TrainingItem.load, sorted(cache.glob("*.npz"))))
 
 
+def read_items(manifests: Sequence[Path], split: str, share_alike: bool) -> list[TrainingItem]:
+    """Items of any split, to measure on; no cache keeps them.
+
+    Args:
+        manifests: as in `pack`.
+        split: for instance `val`.
+        share_alike: also those under a share-alike licence.
+    """
+    items = []
+    with tempfile.TemporaryDirectory(prefix="ka2er-items-") as scratch:
+        for manifest in manifests:
+            for row in _rows(manifest, split, share_alike):
+                _pack_item(row, manifest.parent, Path(scratch))
+                items.append(TrainingItem.load(Path(scratch) / f"{row['id']}.npz"))
+    if not items:
+        message = f"no item of split {split!r} in {[str(m) for m in manifests]} (share_alike={share_alike})."
+        raise VolumeError(message)
+    return items
+
+
+def _rows(manifest: Path, split: str, share_alike: bool) -> list[dict[str, str]]:
+    with manifest.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["split"] == split]
+    return [row for row in rows if share_alike or row["share_alike"] != "yes"]
+
+
 def boxes_of(labels: npt.NDArray[np.unsignedinteger[Any]]) -> dict[int, Box]:
     """The box around each label that has enough voxels to be a target."""
     counts = np.bincount(labels.ravel())
@@ -147,11 +173,7 @@ def pack(manifests: list[Path], output: Path, share_alike: bool) -> list[str]:
     packed = []
     try:
         for manifest in manifests:
-            with manifest.open(newline="", encoding="utf-8") as lines:
-                rows = [row for row in csv.DictReader(lines) if row["split"] == "train"]
-            for row in rows:
-                if row["share_alike"] == "yes" and not share_alike:
-                    continue
+            for row in _rows(manifest, "train", share_alike):
                 _pack_item(row, manifest.parent, scratch)
                 packed.append(row["id"])
         for path in sorted(scratch.iterdir()):
