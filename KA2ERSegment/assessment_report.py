@@ -182,38 +182,50 @@ def markdown(found: Mapping[str, Any]) -> str:
     for source, row in routing["sources"].items():
         weights = " | ".join(_cell(row["weights"].get(arm)) for arm in arms)
         lines.append(f"| {source} | {row['images']} | {row['own']} | {weights} |")
-    for kind, title in (("gate", "mean weight of the gate"), ("votes", "mean weight in the vote inside the object")):
-        names = list(next(iter(routing["sources"].values()))[kind])
-        heard = ["a specialist is heard in"] if kind == "gate" else []
-        if names:
-            columns = [title, *names, *heard]
-            lines += ["", "| " + " | ".join(columns) + " |", "|---|" + "---|" * (len(columns) - 1)]
-        for source, row in routing["sources"].items() if names else ():
-            cells = [
-                *(_cell(row[kind].get(name)) for name in names),
-                *(_percent(row["specialist_heard"]) for _ in heard),
-            ]
-            lines.append(f"| {source} | " + " | ".join(cells) + " |")
+    lines += _weights_table(routing["sources"], "gate", "mean weight of the gate")
+    lines += _weights_table(routing["sources"], "votes", "mean weight in the vote inside the object")
     lines += [
         "",
         f"On images of an expert's own task it has the largest weight of all experts in "
         f"{_percent(routing['own_is_first_expert'])} of predictions, and of all arms in "
         f"{_percent(routing['own_is_first_arm'])}.",
         "",
-        f"| clicks to Dice {GOAL:g}, at most {MOST_CLICKS} (reached; Dice at the end) | after a box | without a box |",
-        "|---|---|---|",
+        *_clicks_table(found["clicks"]),
+        "",
+        "![What each expert says](experts.png)",
+        "",
     ]
+    return "\n".join(lines)
+
+
+def _weights_table(sources: Mapping[str, Any], kind: str, title: str) -> list[str]:
+    """Mean weights per source; nothing where the bundle has no such system."""
+    names = list(next(iter(sources.values()))[kind])
+    if not names:
+        return []
+    heard = ["a specialist is heard in"] if kind == "gate" else []
+    lines = ["", f"| {' | '.join([title, *names, *heard])} |", "|---|" + "---|" * len([*names, *heard])]
+    for source, row in sources.items():
+        cells = [_cell(row[kind].get(name)) for name in names] + [_percent(row["specialist_heard"]) for _ in heard]
+        lines.append(f"| {source} | {' | '.join(cells)} |")
+    return lines
+
+
+def _clicks_table(clicks: Mapping[str, Any]) -> list[str]:
     ways = {
         "suggested": "where the session suggests",
         "random": "at random in the error",
         "protocol": "in the middle of the largest error",
     }
+    lines = [
+        f"| clicks to Dice {GOAL:g}, at most {MOST_CLICKS} (reached; Dice at the end) | after a box | without a box |",
+        "|---|---|---|",
+    ]
     for policy, name in ways.items():
-        cells = [found["clicks"][kind][policy] for kind in ("box", "clicks")]
+        cells = [clicks[kind][policy] for kind in ("box", "clicks")]
         texts = (f"{_cell(c['clicks'], 1)} ({_percent(c['reached'])}; {_cell(c['dice'])})" for c in cells)
         lines.append(f"| {name} | {' | '.join(texts)} |")
-    lines += ["", "![What each expert says](experts.png)", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def write_report(assessment: Assessment, folder: Path) -> dict[str, Any]:
