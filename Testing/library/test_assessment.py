@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from KA2ERSegment.assessment import (
     GOAL,
@@ -25,6 +26,7 @@ from KA2ERSegment.assessment import (
 from KA2ERSegment.assessment_report import by_source, cases_to_show, markdown, reliability, summary, write_report
 from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.calibration import Reliability, near_object
+from KA2ERSegment.cli import app
 from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.manifests import Item, seed_of
@@ -247,6 +249,14 @@ def test_an_assessment_is_saved_resumed_and_written(a_bundle: Bundle, a_manifest
     text = (folder / "assessment.md").read_text()
     assert "| expected calibration error | mask | foundation | tiny_trunk | tiny_brain |" in text
     assert (folder / "reliability.png").stat().st_size > 1000
+
+    words = ["assess", str(a_manifest), "--bundle", str(a_bundle.folder), "--max-items-per-source", "1", "--json"]
+    result = CliRunner().invoke(app, [*words, "--output", str(folder), "--resume"])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert {key: shown[key] for key in found} == json.loads(json.dumps(found))
+    assert (folder / "experts.png").stat().st_size > 1000
+    assert CliRunner().invoke(app, [*words, "--output", str(folder)]).exit_code == 1  # there are results already
 
 
 def test_every_source_counts_the_same_and_the_routing_table_is_worked_out_by_hand() -> None:

@@ -415,7 +415,9 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("words", [("--help",), ("segment", "--help"), ("evaluate", "--help"), ("bundle", "--help")])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("segment", "--help"), ("evaluate", "--help"), ("bundle", "--help"), ("assess", "--help")]
+)
 def test_help_of_every_command(words: tuple[str, ...]) -> None:
     result = run(*words)
     assert result.exit_code == 0

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from typer.testing import CliRunner
 
 from KA2ERSegment import comparison
+from KA2ERSegment.cli import app
 from KA2ERSegment.comparison import (
     OVERALL,
     SAME,
@@ -135,6 +137,13 @@ def test_folders_of_evaluate_become_tables(tmp_path: Path) -> None:
     write_comparison(found, tmp_path / "out" / "table.md")
     assert (tmp_path / "out" / "table.md").read_text() == text
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == found
+
+    words = ["compare", str(tmp_path / "full"), f"no gate={tmp_path / 'x'}", "--output"]
+    result = CliRunner().invoke(app, [*words, str(tmp_path / "again.md")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again.md").read_text() == text
+    assert CliRunner().invoke(app, [*words, str(tmp_path / "again.txt")]).exit_code == 2
+    assert CliRunner().invoke(app, ["compare", *[str(tmp_path / "full")] * 2]).exit_code == 1
 
 
 def test_without_a_box_there_is_no_column_for_it() -> None:
