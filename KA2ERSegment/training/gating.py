@@ -36,7 +36,7 @@ from KA2ERSegment.training.card import with_section
 from KA2ERSegment.training.feeding import Feed, workers_for
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.observing import Observations, observe
-from KA2ERSegment.training.run import Run, digest, made_for, on_rank_zero, wait_for_all
+from KA2ERSegment.training.run import Run, Unfinished, digest, made_for, on_rank_zero, wait_for_all
 from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset
 from KA2ERSegment.training.specialists import SECTION
 from KA2ERSegment.training.stages import seeded
@@ -82,6 +82,7 @@ def train_gate(run: Run, start: Bundle) -> None:
     Raises:
         BundleError: the bundle has no specialists.
         VolumeError: no item without an expert is held out: forgetting could not be seen.
+        Unfinished: the call's time is up.
     """
     if on_rank_zero():
         _train_gate(run, Content.of(start))
@@ -214,7 +215,7 @@ def _observations(
     seed = int(options["seed"]) + list(PARTS).index(part)
     generator = torch.Generator(device)
     generator.manual_seed(seed)
-    until = min(time.monotonic() + share * 60 * float(options["minutes"]), run.clock.stop_at)
+    until = time.monotonic() + share * 60 * float(options["minutes"])
     sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
     dataset = TargetDataset(items, sampling, seed, run.tasks)
     feed = Feed(dataset, int(options["batch"]), workers_for(run.on_gpu, run.workers, 1), run.on_gpu)
@@ -226,6 +227,9 @@ def _observations(
         cases += len(batch["target"])
         if cases >= share * int(options["cases"]) or time.monotonic() > until:
             break
+        if time.monotonic() >= run.clock.stop_at:
+            stage = "gate"
+            raise Unfinished(stage)
     found = Observations.joined(seen)
     logger.info("gate: %d prompts of %d cases observed, %s", len(found), cases, part)
     run.output.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ from KA2ERSegment.training.gating import (
 )
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.observing import MIXTURES, Observations, observe
-from KA2ERSegment.training.run import Run
+from KA2ERSegment.training.run import Clock, Run, Unfinished
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, draw_case
 from KA2ERSegment.training.specialists import SECTION, train_specialists
 
@@ -185,6 +185,14 @@ def test_stages_without_what_they_need_say_so(a_start: Bundle, with_specialists:
     with pytest.raises(BundleError, match=r"gate\.specialists"):
         train_specialists(a_run(tmp_path / "d", a_start, settings=settings), a_start)
     assert not (tmp_path / "d" / "bundle").exists()
+
+
+def test_a_call_that_must_end_leaves_no_half_trained_gate(with_specialists: Bundle, tmp_path: Path) -> None:
+    run = a_run(tmp_path, with_specialists, clock=Clock(stop_at=0.0))
+
+    with pytest.raises(Unfinished, match="gate"):
+        train_gate(run, with_specialists)
+    assert not (tmp_path / "bundle").exists()
 
 
 # -- learning --------------------------------------------------------------------------------------------------------
