@@ -38,11 +38,11 @@ from KA2ERSegment.training.run import ACCELERATORS, Clock, Run, Unfinished, base
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, TargetDataset
 from KA2ERSegment.training.specialists import train_specialists
 from KA2ERSegment.training.stages import ExpertStage, PromptableStage
-from KA2ERSegment.training.voting import report_of, train_voting
+from KA2ERSegment.training.voting import train_voting
 
 logger = logging.getLogger("KA2ERSegment")
 
-LATER = {"specialists": train_specialists, "gate": train_gate}
+LATER = {"specialists": train_specialists, "gate": train_gate, "voting": train_voting}
 """Stages that go on from a bundle, in their order; a whole run has those that its config has a section for."""
 
 
@@ -82,7 +82,7 @@ def train(
             public = foundation_weights(wanted, plans.foundation, config.parent, cache.parent / "weights")
     except BundleError as error:
         raise typer.BadParameter(str(error)) from error
-    last = ("foundation", "amalgamation", *(name for name in (*LATER, "voting") if name in settings), "calibration")
+    last = ("foundation", "amalgamation", *(name for name in LATER if name in settings), "calibration")
     stages = ("", *(expert.name for expert in plans.experts), *last)
     if stage not in stages:
         message = f"stage must be one of {stages[1:]}, got {stage!r}."
@@ -95,14 +95,14 @@ def train(
         logger.info("packed %d items into %s", len(names), cache)
     items = load_items(cache)
     tasks = [_task(expert, settings["tasks"]) for expert in plans.experts]
-    begin = _begin(start, plans if stage not in (*LATER, "voting") else None)
+    begin = _begin(start, plans if stage not in LATER else None)
     learning, held_out = split_held_out(items, settings.get("held_out", 0))
     clock = Clock(begun, begun + 60 * stop_after if stop_after else math.inf)
     run = Run(
         settings, plans, learning, tasks, output, resume, device, ranks, minutes, begin,
         workers, save_every, compact, clock, public, held_out,
     )  # fmt: skip
-    if stage not in (*LATER, "voting"):
+    if stage not in LATER:
         _take_over_experts(run)
     try:
         for expert, task in zip(plans.experts, tasks, strict=True):
@@ -115,8 +115,6 @@ def train(
         for name, train_later in LATER.items():
             if stage == name or (not stage and name in settings):
                 train_later(run, begin if stage and begin else load_bundle(output / "bundle"))
-        if stage in ("", "voting") and "voting" in settings and (resume or not report_of(run).exists()):
-            train_voting(run, begin if stage and begin else load_bundle(output / "bundle"), held_out)
         if stage == "calibration":
             calibrate(begin or load_bundle(output / "bundle"), learning, held_out, output / "bundle", device)
     except Unfinished as stopped:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +25,15 @@ import typer
 from torch import Tensor
 
 from KA2ERSegment.build import build_model, load_tensors, tensors_by_name
-from KA2ERSegment.bundle import Bundle, save_bundle
+from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.experts import Content
-from KA2ERSegment.plans import FORMAT, Plans
+from KA2ERSegment.plans import FORMAT, Plans, VotingPlans
 from KA2ERSegment.training import losses
-from KA2ERSegment.training.card import RESULTS
+from KA2ERSegment.training.calibrate import uncalibrated
+from KA2ERSegment.training.card import with_section
 from KA2ERSegment.training.contrast import BACKGROUND, Contrast
 from KA2ERSegment.training.held_out import compare
-from KA2ERSegment.training.items import TrainingItem, split_held_out
-from KA2ERSegment.training.run import Run, describe, fit
+from KA2ERSegment.training.run import Run, describe, digest, fit, take_fitting
 from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 from KA2ERSegment.training.stages import Stage, seeded
@@ -147,36 +149,39 @@ class VotingStage(Stage):
         return total
 
 
-def train_voting(run: Run, start: Bundle, held_out: Sequence[TrainingItem] = ()) -> None:
-    """Train the head of a bundle and write it into `run.output / "bundle"`.
+def train_voting(run: Run, start: Bundle) -> None:
+    """Train the head of a bundle and write it into `run.output / "bundle"`; nothing where that was done for this base.
+
+    The head is compared on `run.divided()[1]`, of which the bundle itself may have learnt where the config holds
+    nothing out. Temperatures are to be fitted again.
 
     Args:
         run: options; its settings have a section `voting`: those of `VotingStage`, `plans` as in `VotingPlans`,
             `compare` (number of patches) and how it is fitted.
-        start: the bundle; all its tensors but those of a head stay as they are.
-        held_out: items to compare on. Without any, one subject in eight is held out here, of which the bundle itself
-            may have learnt; where there are too few for that, the comparison is on what the head learnt from.
+        start: the bundle; all its tensors but those of a head stay as they are. A head of the same plans goes on.
 
     Raises:
         BundleError: `plans` are none of a head.
     """
-    options = run.budget("voting")
-    fitting = {key: options.pop(key) for key in ("batch", "accumulate", "average") if key in options}
-    given, count = options.pop("plans", {}), options.pop("compare", 48)
-    content = Content.of(start)
-    plans = replace(start.plans, voting=Plans.from_json({"format": FORMAT, "voting": given}).voting)
-    assert plans.voting is not None, "given"
-    former = start.plans.voting
-    goes_on = former is not None and replace(former, enabled=True, vote=plans.voting.vote) == plans.voting
+    options, content = run.budget("voting"), uncalibrated(Content.of(start))
+    how, given, count = take_fitting(options), options.pop("plans", {}), int(options.pop("compare", 48))
+    voting = Plans.from_json({"format": FORMAT, "voting": given}).voting
+    base = digest(content.tensors, ("voting.",))
+    this = {"base": base, "plans": asdict(cast("VotingPlans", voting))}
+    folder, report = run.output / f"voting-{base[:8]}", run.output / "voting.json"
+    if not run.resume and report.exists() and json.loads(report.read_text()).items() >= _as_json(this).items():
+        return
+    former, plans = start.plans.voting, replace(content.plans, voting=voting)
+    goes_on = former is not None and voting is not None and replace(former, enabled=True, vote=voting.vote) == voting
     weights = {name: value for name, value in content.tensors.items() if goes_on or not name.startswith("voting.")}
     module = VotingStage(plans, weights, [task.name for task in run.tasks], **options)
     sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
-    learning, apart = (run.items, held_out) if held_out else split_held_out(run.items, 8)
+    learning, apart = run.divided()
     dataset = TargetDataset(learning, sampling, module.seed, run.tasks)
-    patches = fitting["batch"] * fitting.get("accumulate", 1) * run.ranks
+    patches = how["batch"] * how.get("accumulate", 1) * run.ranks
     unfinished = run.output / "bundle-unfinished"
 
-    def leave(folder: Path, spent: float | None = None, comparison: str = "") -> None:
+    def leave(bundle: Path, spent: float | None = None, comparison: str = "") -> None:
         """Write a bundle of the model as it is now."""
         minutes = module.minutes_spent if spent is None else spent
         about = (
@@ -184,29 +189,27 @@ def train_voting(run: Run, start: Bundle, held_out: Sequence[TrainingItem] = ())
             f"Trained for {module.global_step} steps of {patches} patches, {minutes:.0f} minutes on "
             f"{describe(module.device, run.ranks)}, around bundle {start.identity}, whose own tensors are unchanged. "
             f"{comparison}"
-        ).rstrip()
-        save_bundle(folder, plans, tensors_by_name(module.model), _card_with(content.card, about), content.licences)
+        )
+        card = with_section(content.card, SECTION, about)
+        changed = replace(content, plans=plans, tensors=tensors_by_name(module.model), card=card)
+        changed.save(bundle, force=True)
 
-    trainer = fit(module, dataset, run.output / "voting", run, **fitting, leave=partial(leave, unfinished))
-    if not trainer.is_global_zero:
-        return
-    spent = module.minutes_spent
-    module.to(trainer.strategy.root_device)
-    as_is = replace(sampling, real_images=1.0, lesions=0.0, parts=0.0)
-    comparison = compare(module.model, apart or learning, as_is, run.tasks, count, module.clicks)
-    typer.echo(str(comparison))
-    leave(run.output / "bundle", spent, str(comparison))
-    shutil.rmtree(unfinished, ignore_errors=True)
-    report = {"steps": module.global_step, "minutes": spent, **asdict(comparison)}
-    report_of(run).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def report_of(run: Run) -> Path:
-    """Path of what the stage leaves last: the comparison, as JSON."""
-    return run.output / "voting" / "report.json"
+    trainer = fit(module, dataset, folder, run, **how, leave=partial(leave, unfinished))
+    if trainer.is_global_zero:
+        spent = module.minutes_spent
+        module.to(trainer.strategy.root_device)
+        as_is = replace(sampling, real_images=1.0, lesions=0.0, parts=0.0)
+        comparison = compare(module.model, apart or learning, as_is, run.tasks, count, module.clicks)
+        typer.echo(str(comparison))
+        leave(run.output / "bundle", spent, str(comparison))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        found = {**this, "steps": module.global_step, "minutes": spent, **asdict(comparison)}
+        report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    trainer.strategy.barrier()  # the next stage reads the bundle
+    run.clock.began = time.monotonic()
 
 
-def _card_with(card: str, about: str) -> str:
-    """The card with a section on the head; results of the bundle without it are not its own."""
-    head = card.split(RESULTS)[0].split(SECTION)[0].rstrip()
-    return f"{head}\n\n{SECTION}\n{about}\n"
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As it is once it was written and read: tuples are lists."""
+    read: dict[str, Any] = json.loads(json.dumps(value))
+    return read

@@ -89,7 +89,7 @@ def test_the_new_bundle_has_a_head_and_without_it_is_the_old_one(a_base: Bundle,
 
 
 def test_the_report_says_what_the_vote_brought_and_how_the_load_is_spread(a_finished_run: Path) -> None:
-    report = json.loads((a_finished_run / "voting" / "report.json").read_text())
+    report = json.loads((a_finished_run / "voting.json").read_text())
 
     assert report["steps"] == 3
     assert report["cases"] == 3
@@ -114,6 +114,13 @@ def test_a_head_of_the_same_plans_goes_on_and_another_begins_anew(a_finished_run
     assert torch.equal(load_bundle(tmp_path / "same" / "bundle").weights()[name], voted.weights()[name])
     assert not load_bundle(tmp_path / "other" / "bundle").weights()[name].any()
     assert (tmp_path / "same" / "bundle" / "model_card.md").read_text().count(SECTION) == 1
+
+
+def test_what_is_done_is_not_done_again(a_base: Bundle, a_finished_run: Path) -> None:
+    before = (a_finished_run / "voting.json").stat().st_mtime_ns
+    train_voting(a_run(a_finished_run), a_base)
+
+    assert (a_finished_run / "voting.json").stat().st_mtime_ns == before
 
 
 def test_plans_of_no_head_are_refused_before_anything_is_written(a_base: Bundle, tmp_path: Path) -> None:
