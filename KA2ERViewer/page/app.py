@@ -26,7 +26,7 @@ from KA2ERViewer.shared import use_shared_code
 
 use_shared_code()
 
-from KA2ERViewer.page import layout, windows  # noqa: E402
+from KA2ERViewer.page import first, layout, windows  # noqa: E402
 from KA2ERViewer.page.bridge import Bridge  # noqa: E402
 from KA2ERViewer.page.engine import KeptEngine  # noqa: E402
 from KA2ERViewer.page.files import Files  # noqa: E402
@@ -85,7 +85,7 @@ def _guard(wslink_server: Any, secret: str, files: Files) -> None:
         return await handler(request)  # type: ignore[no-any-return]
 
     wslink_server.app.middlewares.append(only_ours)
-    wslink_server.app.add_routes([web.get("/alive", _alive), *files.routes()])
+    wslink_server.app.add_routes([web.get("/alive", _alive), *first.routes(), *files.routes()])
 
 
 async def _alive(_: web.Request) -> web.Response:

@@ -14,6 +14,7 @@ from typing import Any
 import slicer
 
 from KA2ERSegment.errors import KA2ERError, SessionStateError
+from KA2ERViewer.page.hands import EFFECTS, HandEdits
 from KA2ERViewer.page.scene import ViewerScene
 from KA2ERViewer.page.surfaces import Surfaces
 from SlicerKA2ERLib.PromptLogic import PromptLogic
@@ -43,6 +44,8 @@ class Bridge:
         self.state, self.around = server.state, around
         self.logic = PromptLogic(around.scene, around.logic)
         self.surfaces = Surfaces(around.scene)
+        self.hands = HandEdits(around.app.segmentation_editor, self.logic)
+        around.app.segmentation_editor.segmentation_modified.connect(self._on_stroke)
         self._changed = True
         self._notice = ""
         self._latest_tool = "point"
@@ -61,14 +64,15 @@ class Bridge:
         """Name of a trigger -> what it does. Shortcuts have the names of the Slicer module's."""
         logic = self.logic
         tools = {tool: lambda tool=tool: self.choose_tool(tool) for tool in TOOLS if tool not in ("none", "roi")}
+        tools |= {tool: lambda tool=tool: self.choose_tool(tool) for tool in EFFECTS}
         return {
             **tools,
             "polarity": lambda: logic.setPolarity(not logic.positive),
             "positive": lambda: logic.setPolarity(True),
             "negative": lambda: logic.setPolarity(False),
             "radius": lambda millimetres: logic.setBrushRadius(millimetres),
-            "undo": lambda: logic.undo() if logic.canUndo else None,
-            "redo": lambda: logic.redo() if logic.canRedo else None,
+            "undo": self.undo,
+            "redo": self.redo,
             "reset": logic.reset,
             "cancel": self.cancel,
             "suggest": logic.suggest,
@@ -91,7 +95,31 @@ class Bridge:
 
     def choose_tool(self, tool: str) -> None:
         """The chosen one is put away by choosing it again."""
-        self.logic.setTool("none" if self.logic.tool == tool else tool)
+        chosen = "none" if self.tool == tool else tool
+        self.hands.put_away()
+        if chosen in EFFECTS:
+            self.hands.choose(chosen)
+        else:
+            self.logic.setTool(chosen)
+
+    @property
+    def tool(self) -> str:
+        """A prompt tool, the brush or the eraser; "none" where none is chosen."""
+        return self.hands.tool or str(self.logic.tool)
+
+    def undo(self) -> None:
+        """The last stroke where the brush is in the hand, else the last prompt."""
+        if self.hands.tool:
+            self.hands.undo() if self.hands.can_undo else None
+        elif self.logic.canUndo:
+            self.logic.undo()
+
+    def redo(self) -> None:
+        """What `undo` took back."""
+        if self.hands.tool:
+            self.hands.redo() if self.hands.can_redo else None
+        elif self.logic.canRedo:
+            self.logic.redo()
 
     def cancel(self) -> None:
         """What is under way; where nothing is, what is being drawn."""
@@ -166,6 +194,7 @@ class Bridge:
     def show_volume(self, node: Any) -> None:
         """Work on another volume: its segments are its own, and the former volume leaves the scene."""
         logic, scene = self.logic, self.around.scene
+        self.hands.put_away()
         former = logic.volumeNode, logic.segmentationNode
         logic.setSegmentationNode(None)
         logic.setVolumeNode(node)
@@ -215,6 +244,7 @@ class Bridge:
             self.state.update(busy)
             if self._changed:
                 self._changed = False
+                self.hands.follow()
                 self.state.update(self._read())
             if self.surfaces.outdated and not self.logic.busy and self.surfaces.update(self.logic.segmentationNode):
                 self.around.solid.fit_view_to_content()
@@ -262,11 +292,11 @@ class Bridge:
         return {
             "has_volume": logic.volumeNode is not None,
             "volume_name": logic.volumeNode.GetName() if logic.volumeNode is not None else "",
-            "tool": logic.tool,
+            "tool": self.tool,
             "positive": logic.positive,
             "radius": logic.brushRadius,
-            "can_undo": logic.canUndo,
-            "can_redo": logic.canRedo,
+            "can_undo": self.hands.can_undo if self.hands.tool else logic.canUndo,
+            "can_redo": self.hands.can_redo if self.hands.tool else logic.canRedo,
             "segments": rows,
             "prompt_count": len(logic.prompts()) if logic.selectedSegment else 0,
             "quality": percent(logic.quality),
@@ -278,6 +308,9 @@ class Bridge:
             "neighbours_mode": logic.neighbours,
             "notice": self._notice,
         }
+
+    def _on_stroke(self, *_: Any) -> None:
+        self.surfaces.outdated = self._changed = True
 
     def _color_new_segments(self) -> None:
         """Slicer takes their colours from a table that only comes with the application."""
@@ -341,6 +374,8 @@ def _directions(node: Any) -> Any:
     return matrix
 
 
+KEYS = {**{action: keys for action, keys in DEFAULT_KEYS.items() if action != "roi"}, "brush": "B", "eraser": "D"}
+"""The Slicer module's keys, and those of the two tools that the Segment Editor has there."""
 NOTHING_YET: dict[str, Any] = {
     "has_volume": False,
     "volume_name": "",
@@ -366,6 +401,6 @@ NOTHING_YET: dict[str, Any] = {
     "notice": "",
     "reading": "",
     "fill": 35,
-    "keys": DEFAULT_KEYS,
+    "keys": KEYS,
 }
 """The page's state before anything happened. Its names are those that `layout` uses."""

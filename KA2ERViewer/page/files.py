@@ -230,7 +230,9 @@ class Files:
         write_segmentation(path, masks, Volume(data.array, ijkToRas(volume_node), "volume"))
 
     def _write_prompts(self, path: Path) -> None:
-        path.write_text(json.dumps(self._bridge.logic.journal(), indent=1), encoding="utf-8")
+        node, journal = self._segmentation(), self._bridge.logic.journal()
+        names = {segment: node.GetSegmentation().GetSegment(segment).GetName() for segment in segmentIds(node)}
+        path.write_text(json.dumps(_with_names(journal, names), indent=1), encoding="utf-8")
 
     def _write_scene(self, path: Path) -> None:
         if not self._around.app.io_manager.save_scene(path):
@@ -248,6 +250,18 @@ def _answering(handler: Callable[[web.Request], Awaitable[dict[str, Any]]]) -> A
             return web.json_response({"detail": str(error)}, status=422)
 
     return answer
+
+
+def _with_names(journal: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The engine knows segments by their IDs, people by their names."""
+    if not journal or len(set(names.values())) < len(names):
+        return journal
+    return {
+        **journal,
+        "objects": [names.get(one, one) for one in journal["objects"]],
+        "selected": names.get(journal["selected"], journal["selected"]),
+        "steps": [{**step, "object": names.get(step["object"], step["object"])} for step in journal["steps"]],
+    }
 
 
 def _stem(name: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from trame.ui.vuetify3 import VAppLayout
 from trame.widgets import html
 
+from KA2ERViewer.page.bridge import KEYS
 from KA2ERViewer.page.windows import PRESETS
-from SlicerKA2ERLib.Shortcuts import DEFAULT_KEYS
 
 HERE = Path(__file__).parent
 TOOLS = {
@@ -17,6 +17,8 @@ TOOLS = {
     "box": ("mdi-select", "Box", "Drag a box around the structure"),
     "scribble": ("mdi-draw", "Scribble", "Draw along the structure"),
     "lasso": ("mdi-lasso", "Lasso", "Draw around the structure"),
+    "brush": ("mdi-brush", "Brush", "Paint voxels by hand; the next prompt starts from them"),
+    "eraser": ("mdi-eraser-variant", "Eraser", "Erase voxels by hand"),
 }
 SAVES = {
     "seg.nrrd": ("Segmentation", ".seg.nrrd, for 3D Slicer: names, colours, overlaps"),
@@ -73,12 +75,10 @@ def build(server: Any) -> None:
             "layouts": [{"name": name, "title": title} for name, title in LAYOUTS.items()],
             "windows": list(PRESETS),
             "engine_words": ENGINE,
-            "shortcuts": [{"key": DEFAULT_KEYS[name], "title": title} for name, title in _titles().items()],
+            "shortcuts": [{"key": KEYS[name], "title": title} for name, title in _titles().items()],
         }
     )
-    server.enable_module(
-        {"serve": {"ka2er": str(HERE / "static")}, "scripts": ["ka2er/page.js"], "styles": ["ka2er/page.css"]}
-    )
+    server.enable_module({"serve": {"ka2er": str(HERE / "static")}, "styles": ["ka2er/page.css"]})
     config = {"theme": DARK, "defaults": {"VBtn": {"variant": "tonal", "size": "small", "rounded": "md"}}}
     with VAppLayout(server, vuetify_config=config):
         html.Div((HERE / "page.html").read_text(encoding="utf-8"), classes="whole")

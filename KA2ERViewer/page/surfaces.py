@@ -15,6 +15,8 @@ from SlicerKA2ERLib.SegmentWriter import LABELMAP, segmentIds
 MANY = 3_000_000
 """Voxels around a segment from which on every second one along each axis is enough for a picture."""
 SMOOTHING = 12
+GROWN = 1.4
+"""So many times larger than the camera was set for: it is set again."""
 
 
 class Surfaces:
@@ -28,6 +30,7 @@ class Surfaces:
         self._scene = scene
         self._models: dict[str, Any] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
+        self._size_seen = 0.0
         self.outdated = False
 
     def clear(self) -> None:
@@ -36,21 +39,31 @@ class Surfaces:
             self._scene.RemoveNode(node)
         self._models.clear()
         self._seen.clear()
+        self._size_seen = 0.0
         self.outdated = False
 
     def update(self, segmentation: Any) -> bool:
-        """Make those anew whose voxels changed. Whether there is one now, and was none before."""
-        self.outdated, none_before = False, self._is_empty()
+        """Make those anew whose voxels changed. Whether what is shown is much larger than when it last was."""
+        self.outdated = False
         present = segmentIds(segmentation) if segmentation is not None else []
         for gone in [segment for segment in self._models if segment not in present]:
             self._scene.RemoveNode(self._models.pop(gone))
             self._seen.pop(gone, None)
         for segment in present:
             self._show(segmentation, segment)
-        return none_before and not self._is_empty()
+        size = self._size()
+        grown = size > GROWN * self._size_seen
+        if grown or not size:
+            self._size_seen = size
+        return grown
 
-    def _is_empty(self) -> bool:
-        return not any(node.GetPolyData() and node.GetPolyData().GetNumberOfPoints() for node in self._models.values())
+    def _size(self) -> float:
+        """Diagonal around all surfaces, mm."""
+        box = vtk.vtkBoundingBox()
+        for node in self._models.values():
+            if node.GetPolyData() is not None and node.GetPolyData().GetNumberOfPoints():
+                box.AddBounds(node.GetPolyData().GetBounds())
+        return float(box.GetDiagonalLength()) if box.IsValid() else 0.0
 
     def _show(self, segmentation: Any, segment_id: str) -> None:
         segment = segmentation.GetSegmentation().GetSegment(segment_id)
@@ -60,7 +73,9 @@ class Surfaces:
         display.SetColor(*segment.GetColor())
         display.SetVisibility(bool(segmentation.GetDisplayNode().GetSegmentVisibility(segment_id)))
         scalars = image.GetPointData().GetScalars() if image is not None else None
-        seen = (segment.GetLabelValue(), image.GetMTime(), scalars.GetMTime()) if scalars is not None else ()
+        seen: tuple[int, ...] = ()
+        if scalars is not None and image.GetNumberOfPoints() > 0:
+            seen = (segment.GetLabelValue(), image.GetMTime(), scalars.GetMTime())
         if self._seen.get(segment_id) != seen:
             self._seen[segment_id] = seen
             model.SetAndObservePolyData(surface_of(image, segment.GetLabelValue()) if seen else vtk.vtkPolyData())
@@ -110,6 +125,9 @@ def surface_of(image: Any, label: int) -> Any:
     edges.SetInputConnection(pad.GetOutputPort())
     edges.SetValue(0, label)
     edges.ComputeNormalsOff()
+    edges.Update()
+    if not edges.GetOutput().GetNumberOfPoints():
+        return edges.GetOutput()
     smooth = vtk.vtkWindowedSincPolyDataFilter()
     smooth.SetInputConnection(edges.GetOutputPort())
     smooth.SetNumberOfIterations(SMOOTHING)

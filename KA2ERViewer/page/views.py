@@ -16,10 +16,10 @@ OVER = """
   {where}</div>
 <div class="view-buttons">
   <button type="button" aria-label="Fit the volume into the {title} view" title="Fit"
-          @click="trigger('fit', ['{name}'])"><v-icon size="16">mdi-fit-to-page-outline</v-icon></button>
+          @click="trigger('fit', ['{name}'])"><v-icon size="1rem">mdi-fit-to-page-outline</v-icon></button>
   <button type="button" title="Enlarge, or show all views" aria-label="Enlarge the {title} view, or show all views"
           :aria-pressed="layout === '{name}'" @click="layout = layout === '{name}' ? 'Four' : '{name}'"
-    ><v-icon size="16">{{{{ layout === '{name}' ? 'mdi-arrow-collapse' : 'mdi-arrow-expand' }}}}</v-icon></button>
+    ><v-icon size="1rem">{{{{ layout === '{name}' ? 'mdi-arrow-collapse' : 'mdi-arrow-expand' }}}}</v-icon></button>
 </div>
 {slider}
 """

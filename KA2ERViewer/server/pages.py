@@ -30,6 +30,15 @@ def over() -> str:
     return FRAME.format(head="", body=body)
 
 
+def failed() -> str:
+    """The page's process ended while it started."""
+    body = (
+        "<h1>The viewer could not be started</h1><p>The reason is where the viewer was started: look into that "
+        'terminal.</p><p><a href="/">Try again</a></p>'
+    )
+    return FRAME.format(head="", body=body)
+
+
 def full() -> str:
     """Too many pages."""
     body = "<h1>All places are taken</h1><p>Close another tab of this viewer, or try again in a few minutes.</p>"

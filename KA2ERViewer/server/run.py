@@ -16,6 +16,7 @@ from KA2ERViewer.options import ViewerError, ViewerOptions
 from KA2ERViewer.server import pages, relay
 from KA2ERViewer.server.engine_keeper import EngineKeeper
 from KA2ERViewer.server.gate import Gate
+from KA2ERViewer.server.libraries import require_libraries
 from KA2ERViewer.server.sessions import Sessions
 
 UNBOUNDED = 1 << 62
@@ -31,8 +32,9 @@ def serve(options: ViewerOptions, say: Callable[[str], None], open_browser: bool
         open_browser: where there is one.
 
     Raises:
-        ViewerError: the port is taken.
+        ViewerError: the port is taken, or the system lacks what views are drawn with.
     """
+    require_libraries()
     with tempfile.TemporaryDirectory(prefix="ka2er-viewer-") as folder, contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(options, Path(folder), say, open_browser))
 
@@ -95,7 +97,8 @@ def _application(options: ViewerOptions, sessions: Sessions, client: ClientSessi
     async def page(request: web.Request) -> web.StreamResponse:
         session, path = sessions.find(request.match_info["id"]), request.match_info["path"]
         if session is None:
-            return web.Response(text=pages.over(), content_type="text/html", status=404)
+            text = pages.failed() if sessions.has_failed(request.match_info["id"]) else pages.over()
+            return web.Response(text=text, content_type="text/html", status=404)
         if not session.port:
             return web.Response(text=pages.starting(), content_type="text/html", headers={"Cache-Control": "no-store"})
         if path == "ws":

@@ -112,6 +112,7 @@ class Sessions:
         self._all: dict[str, Session] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._waiting: Session | None = None
+        self._failed: set[str] = set()
 
     def prepare(self) -> None:
         """Start a page before anybody asked: the first tab does not wait for it."""
@@ -134,6 +135,10 @@ class Sessions:
         """The page of that number."""
         session = self._all.get(session_id)
         return session if session is not None and session.is_alive else None
+
+    def has_failed(self, session_id: str) -> bool:
+        """Whether that page's process ended while it started."""
+        return session_id in self._failed
 
     async def watch(self) -> None:
         """End pages that nobody looks at."""
@@ -161,6 +166,7 @@ class Sessions:
     def _started(self, session: Session, task: asyncio.Task[None]) -> None:
         self._starting.pop(session.id, None)
         if not task.cancelled() and task.exception() is not None:
+            self._failed.add(session.id)
             logger.warning("A page could not be started: %s", task.exception())
 
     def _drop_oldest_left(self) -> None:

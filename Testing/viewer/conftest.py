@@ -118,7 +118,7 @@ class Tab:
             before = self.pictures()
             time.sleep(0.5)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
         """Wait for what comes by itself, such as the answer to a question."""
         end = time.monotonic() + seconds
         while not condition():
@@ -155,10 +155,17 @@ class Tab:
         rows, columns = np.nonzero(where)
         return box["x"] + columns.mean() + 0.5, box["y"] + rows.mean() + 0.5
 
+    def state(self, name: str) -> Any:
+        """Of the page's state."""
+        return self.page.evaluate(f"window.trame.state.get('{name}')")
+
     def click(self, view: str, ras: tuple[float, float, float]) -> None:
+        """Place a point, and wait for what comes of it."""
+        before = self.state("prompt_count")
         self.page.mouse.move(*self.at(view, ras))
         self.page.mouse.down()
         self.page.mouse.up()
+        self.until(lambda: self.state("prompt_count") == before + 1 and self.state("can_undo"))
         self.still()
 
     def drag(self, view: str, corners: list[tuple[float, float, float]]) -> None:

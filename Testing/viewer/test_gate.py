@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from aiohttp.test_utils import TestClient, TestServer  # noqa: E402
 
 from KA2ERViewer.options import ViewerError, ViewerOptions  # noqa: E402
 from KA2ERViewer.server import gate as gates  # noqa: E402
+from KA2ERViewer.server.libraries import require_libraries  # noqa: E402
 
 TOKEN = "a long random text"
 
@@ -128,3 +130,11 @@ def test_every_answer_forbids_the_page_to_talk_to_others(path: str) -> None:
 def test_options_that_would_let_strangers_in_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ViewerError, match=words):
         ViewerOptions(**arguments)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere they are part of the system")
+def test_missing_system_library_is_named_with_the_command_that_installs_it() -> None:
+    require_libraries({"libc.so.6": "libc6"})
+
+    with pytest.raises(ViewerError, match=r"libnothing.so.7.*\n.*apt-get install .* libnothing7 libgl1-mesa-dri"):
+        require_libraries({"libnothing.so.7": "libnothing7", "libc.so.6": "libc6"})

@@ -92,8 +92,9 @@ addEventListener("keydown", (event) => {
   if (event.key === "?") return void state.set("help", true);
   const keys = state.get("keys") || {}, key = pressed(event);
   const action = Object.keys(keys).find((name) => keys[name].toLowerCase() === key);
-  if (!action || action === "roi") return;
+  if (!action) return;
   event.preventDefault();
+  event.stopPropagation(); // Slicer's views have keys of their own
   ask(action);
 }, true);
 
