@@ -197,6 +197,19 @@ def test_brush_paints_undo_takes_it_back_and_the_eraser_removes(a_tab: Any) -> N
     assert a_tab.colored("Red").sum() < painted - 300
 
 
+def test_cancelled_prediction_leaves_nothing_and_the_page_goes_on(a_tab: Any) -> None:
+    a_tab.page.mouse.move(*a_tab.at("Red", a_tab.BALL))
+    a_tab.page.mouse.down()
+    a_tab.page.mouse.up()
+
+    a_tab.page.locator(".action-cancel").click()
+    a_tab.until(lambda: a_tab.state("prompt_count") == 0 and not a_tab.state("busy"))
+
+    assert a_tab.state("error") == ""
+    a_tab.click("Red", a_tab.BALL)
+    assert a_tab.page.locator(".badge").count() == 1
+
+
 def test_no_request_leaves_the_machine(a_tab: Any) -> None:
     a_tab.click("Red", a_tab.BALL)
     a_tab.page.locator("text=Views").click()
