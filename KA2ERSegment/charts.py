@@ -87,7 +87,7 @@ def chart_of_rows(
 
     Args:
         path: picture to write.
-        rows: name to means over sources with `box_dice`, `dsc1` to `dsc5` and `dsc_auc`; `growcut` is drawn grey.
+        rows: name to means over sources with `box_dice`, `dsc1` to `dsc5` and `dsc_auc`; `growcut` is drawn dotted.
         title: above the picture.
     """
     figure = _figure(7.6, 4.8)
@@ -98,7 +98,7 @@ def chart_of_rows(
         scores = [means["box_dice"], *(means[f"dsc{n}"] for n in range(1, 6))]
         x = [at for at, score in enumerate(scores) if score is not None]
         y = [score for score in scores if score is not None]
-        style = _style(ours.index(name)) if name in ours else {"color": "#9aa0a6", "linestyle": "-"}
+        style = _style(ours.index(name)) if name in ours else {"color": "black", "linestyle": ":"}
         axes.plot(
             x, y, marker="o", markersize=3.5, linewidth=1.6, label=f"{name}  (AUC {means['dsc_auc']:.2f})", **style
         )

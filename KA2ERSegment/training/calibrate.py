@@ -3,8 +3,9 @@
 Fitted on items of split `train` that were held out, in sessions as users have them (a box or a click, then clicks in
 the error), on samples of the patch within 10 mm of the object, every source counting the same. Sources with too few
 subjects to hold one out lend items that the weights have seen, and the card says so: temperatures of the heart alone
-would be worse. One temperature for the mask and one for each arm (`KA2ERSegment.calibration`). Nothing but plans and
-card changes: every mask stays as it was.
+would be worse. One temperature for the mask and one for each arm (`KA2ERSegment.calibration`); each is kept only where,
+fitted without a source, it lowers the calibration error on that source. Nothing but plans and card changes: every mask
+stays as it was.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Samples:
         logits: (N, names) float32.
         truth: (N,) bool.
         weights: (N,), the same sum for each source, and in it for each prediction.
+        prediction: (N,) int, which one each sample is of.
         sources: name of each prediction's.
     """
 
@@ -61,27 +63,58 @@ class Samples:
     logits: npt.NDArray[np.float32]
     truth: BoolArray
     weights: npt.NDArray[np.float64]
+    prediction: npt.NDArray[np.intp]
     sources: tuple[str, ...]
+
+    @property
+    def folds(self) -> npt.NDArray[np.intp]:
+        """(N,), what each is left out together with: its source, or its prediction where there are under three."""
+        names = sorted(set(self.sources))
+        if len(names) < 3:
+            return self.prediction
+        of_prediction = np.array([names.index(source) for source in self.sources])
+        return np.asarray(of_prediction[self.prediction])
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """Temperatures, with the expected calibration error of the samples before and after."""
+    """What was fitted, and what is kept of it.
 
-    temperatures: dict[str, float]
+    Args:
+        fitted: temperature of the mask and of each arm.
+        error_before: expected calibration error of the samples, as they are.
+        error_after: the same with temperatures that were fitted without the source they are used on.
+        sources: how many.
+        predictions: how many.
+    """
+
+    fitted: dict[str, float]
     error_before: dict[str, float]
     error_after: dict[str, float]
     sources: int
     predictions: int
 
     @property
+    def temperatures(self) -> dict[str, float]:
+        """Those that help where they were not fitted; the others are 1."""
+        return {name: value for name, value in self.fitted.items() if self.error_after[name] < self.error_before[name]}
+
+    @property
     def note(self) -> str:
         """For the model card."""
-        heat = ", ".join(f"{name} {value:.2f}" for name, value in self.temperatures.items())
+        kept = ", ".join(f"{name} {value:.2f}" for name, value in self.temperatures.items())
+        dropped = ", ".join(name for name in self.fitted if name not in self.temperatures)
+        parts = []
+        if kept:
+            parts.append(f"logits are divided by temperatures before they are probabilities ({kept})")
+        if dropped:
+            parts.append(
+                f"no temperature is kept for {dropped}: on a source that it was not fitted on it does not help"
+            )
         return (
-            f"{_SENTENCE}logits are divided by temperatures ({heat}) before they are probabilities, fitted on "
-            f"{self.predictions} predictions on items of {self.sources} sources; the expected calibration error of the "
-            f"mask there went from {self.error_before[MASK]:.3f} to {self.error_after[MASK]:.3f}."
+            f"{_SENTENCE}{'; '.join(parts)}. Fitted on {self.predictions} predictions on items of {self.sources} "
+            f"sources; the expected calibration error of the mask is {self.error_before[MASK]:.3f} without a "
+            f"temperature and {self.error_after[MASK]:.3f} with one of other sources."
         )
 
 
@@ -126,7 +159,8 @@ def collect(
     count = Counter(sources)
     each = [np.full(len(true), 1 / len(true) / count[name]) for true, name in zip(truths, sources, strict=True)]
     names = (MASK, *session.model.arms)
-    return Samples(names, np.concatenate(logits), np.concatenate(truths), np.concatenate(each), tuple(sources))
+    which = np.concatenate([np.full(len(true), number) for number, true in enumerate(truths)])
+    return Samples(names, np.concatenate(logits), np.concatenate(truths), np.concatenate(each), which, tuple(sources))
 
 
 def _session_on(
@@ -171,16 +205,20 @@ def _samples(
 
 
 def fit(samples: Samples) -> Calibrated:
-    """One temperature for each column."""
-    heat: dict[str, float] = {}
+    """One temperature for each column, and what temperatures do where they were not fitted."""
+    fitted: dict[str, float] = {}
     before: dict[str, float] = {}
     after: dict[str, float] = {}
+    truth, weights, folds = samples.truth, samples.weights, samples.folds
     for logits, name in zip(samples.logits.T.astype(np.float64), samples.names, strict=True):
-        heat[name] = round(fit_temperature(logits, samples.truth, samples.weights), 4)
-        for errors, temperature in ((before, 1.0), (after, heat[name])):
-            probability = special.expit(logits / temperature)
-            errors[name] = Reliability.of(probability, samples.truth, samples.weights).error
-    return Calibrated(heat, before, after, len(set(samples.sources)), len(samples.sources))
+        fitted[name] = round(fit_temperature(logits, truth, weights), 4)
+        before[name] = Reliability.of(special.expit(logits), truth, weights).error
+        elsewhere = np.ones_like(logits)
+        for fold in np.unique(folds):
+            own = folds == fold
+            elsewhere[own] = fit_temperature(logits[~own], truth[~own], weights[~own])
+        after[name] = Reliability.of(special.expit(logits / elsewhere), truth, weights).error
+    return Calibrated(fitted, before, after, len(set(samples.sources)), len(samples.sources))
 
 
 def items_to_fit_on(learning: Sequence[TrainingItem], held_out: Sequence[TrainingItem]) -> list[TrainingItem]:

@@ -48,13 +48,13 @@ def test_dice_against_clicks_has_one_line_per_source(tmp_path: Path, figures: li
     assert (tmp_path / "without.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_keep_their_names_and_growcut_is_grey(tmp_path: Path, figures: list[Any]) -> None:
+def test_rows_keep_their_names_and_growcut_is_dotted(tmp_path: Path, figures: list[Any]) -> None:
     means: dict[str, float | None] = {"box_dice": 0.3, "dsc_auc": 2.5, **CLICKS}
     chart_of_rows(tmp_path / "rows.png", {"all": means, "growcut": means, "no gate": means})
     lines = figures[0].axes[0].lines
     assert [line.get_label() for line in lines] == [f"{name}  (AUC 2.50)" for name in ("all", "growcut", "no gate")]
     assert len({line.get_color() for line in lines}) == 3
-    assert lines[1].get_color() == "#9aa0a6"
+    assert [line.get_linestyle() for line in lines] == ["-", ":", "-"]
     assert list(lines[0].get_ydata()) == pytest.approx([0.3, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 

@@ -31,15 +31,44 @@ def a_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
-def test_each_column_gets_its_own_temperature_back() -> None:
-    rng = np.random.default_rng(0)
+def some_samples(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """True logits, truth drawn from them, and which of six predictions each belongs to."""
+    rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, 30000)
-    truth = rng.random(30000) < 1 / (1 + np.exp(-logits))
+    return logits, rng.random(30000) < 1 / (1 + np.exp(-logits)), np.arange(30000) % 6
+
+
+def test_each_column_gets_its_own_temperature_back() -> None:
+    logits, truth, prediction = some_samples()
     columns = np.stack([2 * logits, 0.5 * logits], axis=1).astype(np.float32)
-    found = fit(Samples(("mask", "foundation"), columns, truth, np.ones(30000), ("a", "b", "a")))
-    assert found.temperatures == pytest.approx({"mask": 2.0, "foundation": 0.5}, rel=0.05)
+    names, sources = ("mask", "foundation"), ("a", "b", "a", "c", "c", "b")
+    found = fit(Samples(names, columns, truth, np.ones(30000), prediction, sources))
+    assert found.temperatures == found.fitted == pytest.approx({"mask": 2.0, "foundation": 0.5}, rel=0.05)
     assert found.error_after["mask"] < 0.02 < found.error_before["mask"]
-    assert (found.sources, found.predictions) == (2, 3)
+    assert (found.sources, found.predictions) == (3, 6)
+    assert "temperatures before they are probabilities (mask 2.0" in found.note
+
+
+def test_a_temperature_that_does_not_help_on_another_source_is_not_kept() -> None:
+    """Two sources are right as they are; in the third the mask is sure of what has nothing to do with the truth."""
+    logits, truth, prediction = some_samples()
+    columns = np.stack([logits, 2 * logits], axis=1).astype(np.float32)
+    lost = prediction >= 4
+    columns[lost, 0] = np.where(np.arange(lost.sum()) % 2, 6.0, -6.0)
+    sources = ("a", "a", "b", "b", "c", "c")
+    found = fit(Samples(("mask", "one"), columns, truth, np.ones(30000), prediction, sources))
+    assert found.fitted["mask"] > 2
+    assert found.error_after["mask"] > found.error_before["mask"]
+    assert found.temperatures == {"one": pytest.approx(2.0, rel=0.05)}
+    assert "no temperature is kept for mask" in found.note
+
+
+def test_what_is_left_out_together_is_a_source_or_a_prediction() -> None:
+    logits, truth, prediction = some_samples()
+    columns = logits[:, None].astype(np.float32)
+    several = Samples(("mask",), columns, truth, np.ones(30000), prediction, ("b", "b", "a", "a", "c", "c"))
+    np.testing.assert_array_equal(several.folds, np.array([1, 1, 0, 0, 2, 2])[prediction])
+    np.testing.assert_array_equal(replace(several, sources=("a",) * 6).folds, prediction)
 
 
 def test_samples_are_near_the_object_and_sources_count_the_same(a_bundle: Bundle) -> None:
@@ -67,10 +96,10 @@ def test_a_calibrated_bundle_has_the_same_weights_and_says_so_in_its_card(a_bund
     found = calibrate(a_bundle, [an_item()], [an_item("two", "b/repo")], tmp_path / "warm")
     warm = load_bundle(tmp_path / "warm")
     assert warm.plans == replace(a_bundle.plans, calibration=found.temperatures)
-    assert warm.plans.calibration.keys() == {"mask", "foundation", "tiny_trunk", "tiny_brain"}
+    assert found.fitted.keys() == {"mask", "foundation", "tiny_trunk", "tiny_brain"}
     assert warm.checksums["weights.safetensors"] == a_bundle.checksums["weights.safetensors"]
     card = (warm.folder / "model_card.md").read_text()
-    assert "## Known limits\n- Calibration: logits are divided by temperatures (mask " in card
+    assert f"## Known limits\n{found.note} The items" in card
     assert "The items of 1 of these sources were trained on too." in card
     again = with_calibration(Content.of(warm), replace(found, predictions=77), 0)
     assert again.card.count("- Calibration:") == 1
