@@ -30,6 +30,8 @@ from KA2ERSegment.prompts import BoxPrompt
 from KA2ERSegment.session import Session
 
 FOUNDATION = "foundation"
+LEAST_SHOWN = 0.05
+"""Disagreement that is shown bright, at least: below it there is nothing to see."""
 
 
 def summary(assessment: Assessment) -> dict[str, Any]:
@@ -261,8 +263,8 @@ def write_opinions(targets: Sequence[Target], session: Session, path: Path) -> N
         opinions = prediction.experts.items()
         maps = {f"{arm}, weight {100 * opinion.mean_weight:.0f} %": opinion.probability for arm, opinion in opinions}
         apart = prediction.disagreement
-        most = max(float(apart.max()), 1e-6)  # often far below 1: shown relative to its largest value
-        maps[f"disagreement, at most {most:.2f}"] = apart / most
+        most = max(float(apart.max()), LEAST_SHOWN)  # often far below 1: shown relative to its largest value
+        maps[f"disagreement, bright: {most:.2f}"] = apart / most
         cases.append(Opinions(f"{target.item.id}\n{target.name}", volume, prediction.mask, truth, maps))
     picture_of_opinions(path, cases)
 

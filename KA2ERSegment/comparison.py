@@ -230,7 +230,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += [
         f"| {source} | " + " | ".join(_cell(row, "dsc_auc", source) for row in rows) + " |" for source in first["means"]
     ]
-    lines += ["", f"\\* fewer than {FEWEST} subjects: the interval is over their objects, and of these subjects alone."]
+    marked = any(
+        d["few"] and d["low"] is not None for row in rows for d in row["differences"].get("dsc_auc", {}).values()
+    )
+    if marked:
+        lines += [
+            "",
+            f"\\* fewer than {FEWEST} subjects: the interval is over their objects, and of these subjects alone.",
+        ]
     return "\n".join([*lines, ""])
 
 

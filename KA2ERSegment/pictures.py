@@ -124,9 +124,10 @@ def picture_of_opinions(path: str | os.PathLike[str], cases: Sequence[Opinions])
     """
     columns = 1 + max(len(case.maps) for case in cases)
     rows = len(cases)
-    figure = _figure(2.5 * columns, 2.85 * rows + 0.4, _PAPER)
-    bottom = 0.4 / (2.85 * rows + 0.4)
-    grid = figure.add_gridspec(rows, columns, left=0.03, right=0.99, top=0.95, bottom=bottom, hspace=0.15, wspace=0.04)
+    height = 2.85 * rows + 0.6
+    figure = _figure(2.5 * columns, height, _PAPER)
+    edges = {"left": 0.03, "right": 0.99, "top": 1 - 0.5 / height, "bottom": 0.4 / height}
+    grid = figure.add_gridspec(rows, columns, **edges, hspace=0.18, wspace=0.04)
     for row, case in enumerate(cases):
         scene = _Scene(case.volume, case.mask, case.reference, ())
         plane = scene.native_plane()

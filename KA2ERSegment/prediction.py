@@ -306,14 +306,14 @@ class Prediction:
 
     def disagreement_on_patch(self) -> FloatImage:
         """The disagreement (S, S, S) on the samples of the patch; `disagreement_crop` is linear between them."""
+        opinions = [self.opinion_on_patch(arm) for arm in self.arms]
         mean = np.zeros((self.patch.size,) * 3, dtype=np.float32)
-        square = np.zeros_like(mean)
-        for arm in self.arms:
-            probability, weight = self.opinion_on_patch(arm)
+        for probability, weight in opinions:
             mean += weight * probability
-            square += weight * probability**2
-        deviation = np.sqrt(np.maximum(square - mean**2, 0))
-        return np.asarray(np.minimum(2 * deviation, 1), dtype=np.float32)
+        variance = np.zeros_like(mean)
+        for probability, weight in opinions:  # the mean of squares less the square of the mean would be rounding noise
+            variance += weight * (probability - mean) ** 2
+        return np.asarray(np.minimum(2 * np.sqrt(variance), 1), dtype=np.float32)
 
     def disagreement_crop(self) -> tuple[Box, FloatImage]:
         """The disagreement within the patch."""

@@ -284,3 +284,14 @@ def test_what_a_hand_drew_outside_the_patch_is_in_the_probability(any_volume: Vo
     drawn = replace(prediction, packed=PackedMask.pack(whole, mask))
     np.testing.assert_array_equal(drawn.probability > 0.5, drawn.mask)
     assert drawn.mask.sum() == 2
+
+
+def test_arms_that_say_the_same_do_not_disagree_by_rounding(a_volume: Volume) -> None:
+    same = np.random.default_rng(5).normal(0, 3, (8, 8, 8)).astype(np.float32)
+    prediction = replace(a_prediction(a_volume), opinion=lambda arm: same)
+    assert prediction.disagreement_on_patch().max() < 1e-6
+    apart = replace(prediction, opinion=lambda arm: same + np.float32(1e-3 * arm))
+    probability = 1 / (1 + np.exp(-same.astype(float)))
+    read = prediction.patch.read_by(prediction.canonical.shape_kji)
+    expected = 2 * np.sqrt(0.25 * 0.75) * 1e-3 * probability * (1 - probability) * read
+    np.testing.assert_allclose(apart.disagreement_on_patch(), expected, rtol=0.02, atol=2e-7)
