@@ -271,7 +271,7 @@ def _backward(run: _Run, at: int, case: _Case, routed: bool) -> None:
         prompts = next_prompts(prompts, logits, case.target, run.generator)
     loss = losses.mask_loss(run.model.decode(features, prompts).logits, case.target).mean()
     if routed and case.real:
-        loss = loss + 0.05 * losses.routing_loss(features.weights, torch.tensor([at], device=loss.device))
+        loss = loss + 0.05 * losses.routing_loss(features.weights, torch.tensor([at], device=loss.device), case.target)
     loss.backward()  # type: ignore[no-untyped-call]
 
 

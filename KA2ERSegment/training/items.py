@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +89,34 @@ class TrainingItem:
         )  # fmt: skip
 
 
-def split_held_out(items: Sequence[TrainingItem], one_in: int) -> tuple[list[TrainingItem], list[TrainingItem]]:
+@dataclass(frozen=True, slots=True)
+class ItemName:
+    """What is known of a packed item without reading its arrays.
+
+    Args:
+        name: id in the manifest.
+        source: repository it came from.
+        subject: whose it is.
+        shown: whether it has an image.
+    """
+
+    name: str
+    source: str
+    subject: str
+    shown: bool
+
+    @classmethod
+    def read(cls, path: Path) -> ItemName:
+        """Of one packed item."""
+        with np.load(path, allow_pickle=False) as stored:
+            about: dict[str, Any] = json.loads(str(stored["about"]))
+        return cls(about["id"], about["source"], about.get("subject", ""), about["channels"] > 0)
+
+
+Named = TypeVar("Named", TrainingItem, ItemName)
+
+
+def split_held_out(items: Sequence[Named], one_in: int) -> tuple[list[Named], list[Named]]:
     """Items to learn from, and items of other subjects on which gates and temperatures are fitted.
 
     Of each source with at least three subjects one in `one_in` is held out, at least one; which ones follows from their

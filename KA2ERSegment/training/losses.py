@@ -50,13 +50,40 @@ def multi_class_loss(logits: Tensor, classes: Tensor, ignore: int) -> Tensor:
     return entropy + (1 - dice.mean() if len(dice) else torch.zeros((), device=logits.device))
 
 
-def routing_loss(weights: Tensor, task: Tensor) -> Tensor:
-    """Cross-entropy between the arms' mean share (B, K+1) and the case's own expert (0: none known, no loss)."""
-    share = weights.float().flatten(2).mean(2).clamp_min(1e-6).log()
+def routing_loss(weights: Tensor, task: Tensor, target: Tensor | None = None) -> Tensor:
+    """Cross-entropy between the arms' mean share and the case's own expert, a mean over the cases that have one.
+
+    Without `target` the mean over the whole patch is all that is asked for, and what is learnt from it may be the
+    opposite inside the object: experts then tell object from background by which of them is heard.
+
+    Args:
+        weights: (B, K+1, ...), shares of the arms, summing to 1.
+        task: (B,) int64, arm of the case's own expert; 0: none known, no loss.
+        target: (B, S, S, S) bool; the mean share inside these objects is asked for just as much.
+    """
     known = task > 0
+    means = [weights.float().flatten(2).mean(2)]
+    if target is not None:
+        means.append(shares_inside(weights, target))
+    logs = [mean.clamp_min(1e-6).log() for mean in means]
     if not bool(known.any()):
-        return share.sum() * 0
-    return F.nll_loss(share[known], task[known])
+        return logs[0].sum() * 0
+    return torch.stack([F.nll_loss(log[known], task[known]) for log in logs]).mean()
+
+
+def shares_inside(weights: Tensor, target: Tensor) -> Tensor:
+    """Mean share of each arm inside objects.
+
+    Args:
+        weights: (B, K+1, n, n, n) of the amalgamation, summing to 1 over the arms.
+        target: (B, S, S, S) bool on the same patches (KJI); S is a multiple of n.
+
+    Returns:
+        (B, K+1) float32, summing to 1; over the whole patch where there is no object.
+    """
+    inside = F.avg_pool3d(target[:, None].float(), target.shape[-1] // weights.shape[-1])
+    inside = torch.where(inside.flatten(1).sum(1)[:, None, None, None, None] > 0, inside, 1.0)
+    return (weights.float() * inside).sum((2, 3, 4)) / inside.sum((2, 3, 4))
 
 
 def vote_loss(weights: Tensor, opinions: Tensor, truth: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ class ClassMap:
     items: str
     names: dict[str, str]
 
+    @classmethod
+    def of_config(cls, tasks: Mapping[str, Any]) -> list[ClassMap]:
+        """The tasks of a training config, in its order."""
+        return [cls(name, task["items"], task["classes"]) for name, task in tasks.items()]
+
     def covers(self, item: TrainingItem) -> bool:
         """Whether the item belongs to the task."""
         return self.matches(item.name, item.modality, item.region)

@@ -187,7 +187,8 @@ class PromptableStage(Stage):
         self.distillation.decoders.eval()
         shown, target = self.shown(batch), batch["target"]
         with overhear(self.model, self.distillation.decoders.keys()) as heard:
-            features = encoded(self.model, batch, shown, self._arms(len(shown)))
+            arms = draw_arms(len(shown), len(self.model.arms), self.generator)
+            features = encoded(self.model, batch, shown, arms)
         taught = self.distillation.taught(heard, batch["task"], batch["classes"], target) if self.predictions else None
         prompts = first_prompts(target, batch["box"], batch["outside"], self.generator)
         total = torch.zeros((), device=self.device)
@@ -202,13 +203,13 @@ class PromptableStage(Stage):
             if click < self.clicks:
                 prompts = next_prompts(prompts, decoded.logits, target, self.generator)
         if self.amalgamates:
-            total = total + self._from_experts(features, heard, batch["task"])
+            total = total + self._from_experts(features, heard, batch["task"], target)
         self.log("loss", total.detach(), prog_bar=True)
         return total
 
-    def _from_experts(self, features: PatchFeatures, heard: Overheard, task: Tensor) -> Tensor:
+    def _from_experts(self, features: PatchFeatures, heard: Overheard, task: Tensor, target: Tensor) -> Tensor:
         """Losses on the embedding: which expert is heard, and what its features teach."""
-        route = losses.routing_loss(features.weights, task * features.present.all(1))
+        route = losses.routing_loss(features.weights, task * features.present.all(1), target)
         self.log("route", route.detach())
         total = (0.05 if self.progress < 1 / 3 else 0.0) * route  # later routing may depart from the task's identity
         if self.features:
@@ -217,16 +218,23 @@ class PromptableStage(Stage):
             total = total + self.features * taught
         return total
 
-    def _arms(self, batch: int) -> Tensor:
-        """Which arms each case may use: expert dropout, so that one set of weights serves with all, some or none."""
-        count = len(self.model.arms)
-        draw = torch.rand(batch, count + 1, device=self.device, generator=self.generator)
-        present = draw[:, :count] < 0.75
-        present = torch.where(draw[:, count:] < 0.4, torch.ones_like(present), present)
-        nothing = ~present.any(1, keepdim=True)
-        first = torch.zeros_like(present)
-        first[:, 0] = True
-        return present | (nothing & first)
+
+def draw_arms(batch: int, arms: int, generator: torch.Generator) -> Tensor:
+    """Which arms each case may use: expert dropout, so that one set of weights serves with all, some or none.
+
+    Args:
+        batch: number of cases.
+        arms: the foundation and the experts.
+        generator: of the device.
+
+    Returns:
+        (batch, arms) bool, at least one true per case; all of them in about half of the cases.
+    """
+    draw = torch.rand(batch, arms + 1, device=generator.device, generator=generator)
+    present = draw[:, :arms] < 0.75
+    present = torch.where(draw[:, arms:] < 0.4, torch.ones_like(present), present)
+    present[:, 0] |= ~present.any(1)
+    return present
 
 
 def shown_of(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
