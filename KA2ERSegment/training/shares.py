@@ -51,8 +51,9 @@ def share_table(arms: Sequence[str], shares: Tensor, tasks: Sequence[str]) -> Sh
     Args:
         arms: names of the K+1 arms, the foundation first.
         shares: (N, K+1) from `losses.shares_inside`.
-        tasks: for each case the name of the expert whose task it belongs to; `NO_TASK`: none's.
+        tasks: for each case the name of the expert whose task it belongs to; none of the arms': `NO_TASK`.
     """
+    tasks = [task if task in arms[1:] else NO_TASK for task in tasks]
     winners, first_experts = shares.argmax(1), shares[:, 1:].argmax(1) if len(arms) > 1 else None
     rows = {task: torch.tensor([own == task for own in tasks]) for task in (*arms[1:], NO_TASK) if task in tasks}
 

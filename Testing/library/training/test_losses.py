@@ -15,6 +15,7 @@ from KA2ERSegment.training.losses import (
     prediction_loss,
     quality_loss,
     routing_loss,
+    shares_inside,
     soft_dice,
     vote_loss,
 )
@@ -155,3 +156,29 @@ def test_prediction_loss_is_0_where_they_agree_and_where_nothing_is_taught() -> 
 
     assert prediction_loss(logits, logits, HALF.expand(2, 2, 2, 2)).abs().max() < 1e-6
     assert prediction_loss(logits, -logits, where)[1] == 0
+
+
+def test_shares_are_measured_inside_the_object() -> None:
+    """Arm 1 has the first plane, of which half is the object; without an object the whole patch counts."""
+    weights = torch.zeros(2, 2, 2, 2, 2)
+    weights[:, 0, 1], weights[:, 1, 0] = 1, 1
+    target = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    target[0, :2, :2] = True
+    target[0, 2:, 0, 0] = True  # two samples in the other plane
+
+    assert shares_inside(weights, target).tolist() == [pytest.approx([2 / 18, 16 / 18]), [0.5, 0.5]]
+
+
+def test_routing_loss_asks_for_the_own_expert_in_the_object_too() -> None:
+    """Heard on most of the patch, but not inside the object: that is what the mean over the patch does not see."""
+    weights = torch.full((1, 2, 2, 2, 2), 0.1)
+    weights[:, 1] = 0.9
+    weights[:, :, 0, 0, 0] = torch.tensor([0.9, 0.1])
+    target = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    target[:, :2, :2, :2] = True
+    task = torch.tensor([1])
+    patch, inside = math.log(0.8), math.log(0.1)
+
+    assert routing_loss(weights, task).item() == pytest.approx(-patch, abs=1e-5)
+    assert routing_loss(weights, task, target).item() == pytest.approx(-(patch + inside) / 2, abs=1e-5)
+    assert routing_loss(weights, task * 0, target).item() == 0
