@@ -2,9 +2,9 @@
 
 Training reads a thin cache as it reads any other (`--cache THIN`). What is always done loses nothing: labels are
 numbered from 1, label maps without image are cropped to what is labelled, images are stored as differences between
-neighbours, and all is packed with LZMA. Where that is not small enough, the next of `LOSSES` is tried: label maps of
-one source on one grid, of which there are many (stroke lesions in one template), are thinned out, and grey values are
-rounded. The same cache and size give the same bytes.
+neighbours, and all is packed with LZMA. Where that is not small enough, the next of `LOSSES` is tried: grey values are
+rounded, and label maps of one source on one grid, of which there are many (stroke lesions in one template), are thinned
+out. The same cache and size give the same bytes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Loss:
         return f"{alike}, {self.levels or 'all'} grey levels"
 
 
-LOSSES = (Loss(), Loss(32), Loss(32, 256), Loss(32, 128), Loss(32, 64), Loss(16, 64), Loss(16, 32), Loss(8, 32))
-"""Tried one after the other."""
+LOSSES = (Loss(), Loss(0, 256), Loss(0, 128), Loss(0, 64), Loss(32, 64), Loss(16, 64), Loss(16, 32), Loss(8, 32))
+"""Tried one after the other. Label maps pack well: of 110 stroke lesions 78 are no more than 0.5 of 39.5 MB, so all
+stay while 64 grey levels will do."""
 
 
 def thin(cache: Path, output: Path, max_mb: float) -> tuple[Loss, int]:
@@ -74,20 +75,20 @@ def thin(cache: Path, output: Path, max_mb: float) -> tuple[Loss, int]:
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".thinning-", dir=output.parent))
     try:
-        sizes: dict[tuple[str, int], int] = {}
-        groups = _alike(paths)
+        sizes: dict[tuple[Path, int], int] = {}
+        alike = _alike(paths)
         for loss in LOSSES:
-            kept = _kept(paths, groups, loss.alike)
-            todo = [path for path in kept if (path.name, loss.levels) not in sizes]
+            kept = [(path, 0 if path in alike else loss.levels) for path in _kept(paths, alike, loss.alike)]
+            todo = [pair for pair in kept if pair not in sizes]
             with ThreadPoolExecutor() as pool:
-                written = pool.map(_write, todo, repeat(scratch), repeat(loss.levels))
-                sizes |= {(path.name, loss.levels): size for path, size in zip(todo, written, strict=True)}
-            size = sum(sizes[path.name, loss.levels] for path in kept)
+                written = pool.map(_write, *zip(*todo, strict=True), repeat(scratch)) if todo else ()
+                sizes |= dict(zip(todo, written, strict=True))
+            size = sum(sizes[pair] for pair in kept)
             typer.echo(f"{loss}: {len(kept)} of {len(paths)} items, {size / 1e6:.1f} MB", err=True)
             if size <= max_mb * 1e6:
                 output.mkdir(exist_ok=True)
-                for path in kept:
-                    (scratch / str(loss.levels) / path.name).replace(output / path.name)
+                for path, levels in kept:
+                    (scratch / str(levels) / path.name).replace(output / path.name)
                 return loss, size
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -118,7 +119,7 @@ def _kept(paths: list[Path], groups: dict[Path, tuple[Any, ...]], most: int) -> 
     return [path for path in paths if path not in dropped]
 
 
-def _write(path: Path, scratch: Path, levels: int) -> int:
+def _write(path: Path, levels: int, scratch: Path) -> int:
     """Pack one item again; its size."""
     item = TrainingItem.load(path)
     with np.load(path, allow_pickle=False) as stored:
