@@ -178,7 +178,7 @@ def fit(
             "stage": folder.name,
             "finished": not module.stopped,
             "steps": module.global_step,
-            "minutes": round(module.minutes_spent, 2),
+            "minutes": round(module.minutes_spent, 4),
             **speed.summary(run.ranks),
             "batch": batch,
             "accumulate": accumulate,
@@ -203,7 +203,7 @@ def _log(path: Path, about: dict[str, Any]) -> None:
     speed = ""
     if "patches_per_second" in about:
         speed = f", {about['patches_per_second']:g} patches/s, {about['waiting_for_data']:.1%} of it waiting for data"
-    typer.echo(f"{about['stage']}: {state}; {about['steps']} steps, {about['minutes']:g} minutes{speed}")
+    typer.echo(f"{about['stage']}: {state}; {about['steps']} steps, {about['minutes']:.2f} minutes{speed}")
 
 
 def _logger(folder: Path) -> Logger:
