@@ -76,6 +76,7 @@ class FakeModel:
 
     arms = ("foundation", "fake")
     voters = ()
+    reads_raw = False
 
     def __init__(self, answer: Callable[[np.ndarray, PatchPrompts], np.ndarray]) -> None:
         self.answer = answer
@@ -84,7 +85,7 @@ class FakeModel:
     def to(self, device: torch.device) -> FakeModel:
         return self
 
-    def encode(self, image: torch.Tensor) -> SimpleNamespace:
+    def encode(self, image: torch.Tensor, raw: None = None) -> SimpleNamespace:
         self.encoded += 1
         weights = torch.full((1, 2, 4, 4, 4), 0.5)
         return SimpleNamespace(image=image, weights=weights, nbytes=4 * image.numel())
@@ -757,9 +758,9 @@ def count_encodes(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[int
     counts = [0]
     encode = session.model.encode
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **options: Any) -> Any:
         counts[0] += 1
-        return encode(*args)
+        return encode(*args, **options)
 
     monkeypatch.setattr(session.model, "encode", counting)
     return counts

@@ -463,7 +463,8 @@ def test_islands_that_no_prompt_touches_go_on_demand(a_session: Session, a_wide_
     def two_blocks(features: Any, prompts: Any) -> Any:
         logits = torch.full((1, 32, 32, 32), -4.0)
         logits[0, 10:20, 4:12, 4:12] = logits[0, 10:20, 4:12, 20:28] = 4.0
-        return type("Decoded", (), {"logits": logits, "quality": torch.tensor([1.0])})
+        nothing = torch.zeros(1, 0)
+        return Decoded(logits, torch.tensor([1.0]), nothing, nothing)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(a_session.model, "decode", two_blocks)
