@@ -29,6 +29,7 @@ from KA2ERSegment import (
 from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import Box
+from KA2ERSegment.mask_decoder import Decoded
 from KA2ERSegment.session import HISTORY
 from KA2ERSegment.steps import Finish, Step
 from KA2ERSegment.testing import tiny_bundle
