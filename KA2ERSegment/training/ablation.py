@@ -90,6 +90,7 @@ def measure(model: PromptableModel, cases: Sequence[EncodedCase], tasks: Sequenc
     dice, shares = held_out_dice(model, cases)
     alone, _ = held_out_dice(model, cases, experts=False, clicks=1)
     boxed = torch.tensor([bool(case.box.any()) for case in cases])
+    real = torch.tensor([case.real for case in cases])
     named = [tasks[case.task - 1] if case.task else NO_TASK for case in cases]
 
     def means(values: Tensor) -> list[float]:
@@ -103,11 +104,13 @@ def measure(model: PromptableModel, cases: Sequence[EncodedCase], tasks: Sequenc
         "dice": means(dice),
         "dice_with_box": means(dice[boxed]),
         "dice_clicks_only": means(dice[~boxed]),
+        "dice_real_images": means(dice[real]),
+        "dice_made_images": means(dice[~real]),
         "dice_without_experts": means(alone),
         "shares": asdict(share_table(model.arms, shares, named)),
         "cases": [
-            {"item": case.item.name, "source": case.item.source, "subject": case.item.subject, "box": bool(box)}
-            | {"dice": [round(float(value), 4) for value in row]}
+            {"item": case.item.name, "source": case.item.source, "subject": case.item.subject}
+            | {"box": bool(box), "real": case.real, "dice": [round(float(value), 4) for value in row]}
             for case, box, row in zip(cases, boxed, dice, strict=True)
         ],
     }
@@ -145,7 +148,7 @@ def ablate(
     data: Annotated[Path, typer.Option(help="Folder that holds the manifests' folders.")] = Path("../shared/data"),
     cache: Annotated[Path, typer.Option(help="Folder of packed items; made where missing.")] = Path("cache/train"),
     cases: Annotated[int, typer.Option(help="Training patches, encoded once.")] = 256,
-    held_out: Annotated[int, typer.Option(help="Patches of other subjects.")] = 48,
+    held_out: Annotated[int, typer.Option(help="Patches of other subjects.")] = 66,
     steps: Annotated[int, typer.Option(help="Of each variant.")] = 300,
     batch: Annotated[int, typer.Option(help="Patches of one step.")] = 2,
     minutes: Annotated[float, typer.Option(help="Of each variant's training, at most; 0: no limit.")] = 0.0,
@@ -235,12 +238,12 @@ def _encoded(
     seed: int,
     device: str,
 ) -> tuple[list[EncodedCase], list[EncodedCase]]:
-    """Cases to learn from and, of other subjects, real images as they are to measure on."""
+    """Cases to learn from and, of other subjects, some to measure on: real images as they are, where there are any."""
     plans = bundle.plans.without("gate", "voting", "calibration")
     plans = replace(plans, amalgamation=replace(plans.amalgamation, enabled=True))
     model = build_model(plans, bundle.weights()).to(device)
     paths = {ItemName.read(path): path for path in sorted(cache.glob("*.npz"))}
-    learning, apart = split_held_out(list(paths), 4)
+    learning, apart = split_held_out(list(paths), 4, least=2)
     given = {"patch_size": plans.patch_size, "margin": plans.margin, **settings.get("sampling", {})}
     real = given | {"real_images": 1.0, "lesions": 0.0, "parts": 0.0}
     share = held_out / (cases + held_out)
@@ -254,8 +257,7 @@ def _encoded(
         options, most = SamplingOptions(**drawn), part * gigabytes * 1e9
         return encode_cases(model, items, tasks, options, count, seed, most, disturbed, progress)
 
-    shown = [name for name in apart if name.shown] or [name for name in learning if name.shown]
-    measured = encode(shown, held_out, real, share, disturbed=False)
+    measured = encode(apart or learning, held_out, real, share, disturbed=False)
     return encode(learning, cases, given, 1 - share, disturbed=True), measured
 
 

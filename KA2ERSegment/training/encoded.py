@@ -39,6 +39,7 @@ class EncodedCase:
         box: (S, S, S) bool, all false without box.
         outside: (S, S, S) bool, known outside of the box.
         task: arm of the expert whose task the item belongs to; 0: none's.
+        real: whether the image is the item's own; else it was made from its label map.
     """
 
     item: ItemName
@@ -49,6 +50,7 @@ class EncodedCase:
     box: Tensor
     outside: Tensor
     task: int
+    real: bool
 
     @property
     def nbytes(self) -> int:
@@ -191,4 +193,5 @@ def _encoded(
         box=batch["box"][0].cpu(),
         outside=batch["outside"][0].cpu(),
         task=int(batch["task"]),
+        real=bool(batch["real"]),
     )

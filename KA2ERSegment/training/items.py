@@ -116,22 +116,23 @@ class ItemName:
 Named = TypeVar("Named", TrainingItem, ItemName)
 
 
-def split_held_out(items: Sequence[Named], one_in: int) -> tuple[list[Named], list[Named]]:
+def split_held_out(items: Sequence[Named], one_in: int, least: int = 3) -> tuple[list[Named], list[Named]]:
     """Items to learn from, and items of other subjects on which gates and temperatures are fitted.
 
-    Of each source with at least three subjects one in `one_in` is held out, at least one; which ones follows from their
-    names alone. Smaller sources are all learnt from.
+    Of each source with enough subjects one in `one_in` is held out, at least one; which ones follows from their names
+    alone. Smaller sources are all learnt from.
 
     Args:
         items: of split `train`.
         one_in: 0 holds nothing out.
+        least: number of subjects that are enough.
     """
     subjects: dict[str, set[str]] = {}
     for item in items:
         subjects.setdefault(item.source, set()).add(item.subject or item.name)
     apart: set[tuple[str, str]] = set()
     for source, names in subjects.items():
-        if one_in and len(names) >= 3:
+        if one_in and len(names) >= least:
             order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
             apart |= {(source, name) for name in order[: max(1, round(len(names) / one_in))]}
     held = [(item.source, item.subject or item.name) in apart for item in items]

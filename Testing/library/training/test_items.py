@@ -133,3 +133,4 @@ def test_one_in_so_many_subjects_of_each_larger_source_is_held_out() -> None:
     again, _ = split_held_out([*reversed(many), *pair], 8)
     assert {x.name for x in again if x.source == "many"} == {x.name for x in learning if x.source == "many"}
     assert split_held_out(many, 0) == (many, [])
+    assert len(split_held_out(pair, 8, least=2)[1]) == 1
