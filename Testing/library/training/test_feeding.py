@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,16 @@ from KA2ERSegment.training import feeding
 from KA2ERSegment.training.feeding import AUTO, Feed, Throughput, workers_for
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset
+
+ROOT = Path(__file__).resolve().parents[3]
+BENCHMARK = ROOT / "Testing" / "benchmarks" / "benchmark_training.py"
+OTHERS: dict[str, Any] = {
+    "cache": Path("cache/train"),
+    "config": ROOT / "KA2ERSegment" / "training" / "configs" / "gpu.json",
+    "stage": "amalgamation",
+    "start": ROOT / "Resources" / "Models" / "ka2er-base",
+    "device": "cpu",
+}
 
 
 @pytest.fixture
@@ -97,3 +110,33 @@ def test_workers_fit_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_for_a_gpu_lie_in_pinned_memory(a_dataset: TargetDataset) -> None:
     assert first(Feed(a_dataset, 2, workers=1, gpu=True))["labels"].is_pinned()
+
+
+def test_the_benchmark_measures_each_batch_with_each_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training itself is played: what is asked of it, and what is made of its log."""
+    spec = importlib.util.spec_from_file_location("benchmark_training", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+
+    def train(config: Path, output: Path, **given: Any) -> None:
+        stage = json.loads(config.read_text())["amalgamation"]
+        output.mkdir()
+        row = {"batch": stage["batch"], "workers": given["workers"], "hardware": "a CPU", "waiting_for_data": 0.0125}
+        (output / "log.json").write_text(json.dumps([row | {"patches_per_second": stage["batch"] + stage["steps"]}]))
+
+    monkeypatch.setattr("KA2ERSegment.training.__main__.train", train)
+
+    benchmark.main(batch=[2, 4], workers=[0, 3], steps=5, output=tmp_path / "out.json", **OTHERS)
+
+    table = [line for line in capsys.readouterr().out.split("\n") if line.startswith("|")][2:]
+    assert table == [
+        "| 2 | 0 | 7 | 1.2% |  |",
+        "| 2 | 3 | 7 | 1.2% |  |",
+        "| 4 | 0 | 9 | 1.2% |  |",
+        "| 4 | 3 | 9 | 1.2% |  |",
+    ]
+    assert len(json.loads((tmp_path / "out.json").read_text())["runs"]) == 4
