@@ -722,7 +722,8 @@ def test_whatever_is_done_is_undone_and_replayed_and_refusals_change_nothing(
             check_same(before, session)
             continue
         check_changed(session, shown, what)
-        if session.steps != steps and what not in ("undo", "redo", "amend"):
+        finish_withdrawn = what in ("finish", "islands") and len(session.steps) < len(steps)  # as it was before it
+        if session.steps != steps and what not in ("undo", "redo", "amend") and not finish_withdrawn:
             state = session._state
             session.undo()
             coalesced = what in ("finish", "islands")  # undo goes back further

@@ -75,6 +75,10 @@ class FakeLogic:
         self._note("warmUp")
         self.engineState = "starting" if self.engineState == "stopped" else self.engineState
 
+    def journal(self) -> dict[str, Any]:
+        self._note("journal")
+        return {}
+
     def setVolumeNode(self, node: Any) -> None:
         self._note("setVolumeNode", node)
         self.volumeNode = node
