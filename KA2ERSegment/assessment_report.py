@@ -23,10 +23,12 @@ from KA2ERSegment.assessment import (
 )
 from KA2ERSegment.calibration import NEAR_MM, Reliability, spearman
 from KA2ERSegment.charts import chart_of_reliability
-from KA2ERSegment.evaluation import drawn_box
+from KA2ERSegment.evaluation import dice, drawn_box, next_click
+from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.manifests import Target, seed_of
 from KA2ERSegment.pictures import Opinions, picture_of_opinions
-from KA2ERSegment.prompts import BoxPrompt
+from KA2ERSegment.prediction import FloatImage, Prediction
+from KA2ERSegment.prompts import BoxPrompt, PointPrompt
 from KA2ERSegment.session import Session
 
 FOUNDATION = "foundation"
@@ -196,6 +198,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         "",
         "![What each expert says](experts.png)",
         "",
+        f"Where a session with a box ended worst after {LATE} more clicks:",
+        "",
+        "![Failures](failures.png)",
+        "",
     ]
     return "\n".join(lines)
 
@@ -251,22 +257,57 @@ def cases_to_show(targets: Sequence[Target], session: Session, most: int = 3) ->
     return chosen[:most]
 
 
+def failures_to_show(assessment: Assessment, targets: Sequence[Target], most: int = 3) -> list[Target]:
+    """Where a session with a box ended worst, after its clicks; one object of a source."""
+    ended = {(entry.item, entry.label): entry.trials[0].looks[-1].dice for entry in assessment.objects}
+    worst: dict[str, Target] = {}
+    for target in sorted(targets, key=lambda target: ended[target.item.id, target.label]):
+        worst.setdefault(target.item.source, target)
+    return list(worst.values())[:most]
+
+
 def write_opinions(targets: Sequence[Target], session: Session, path: Path) -> None:
     """A picture of what each expert says after a box, and where they disagree."""
     cases = []
     for target in targets:
-        volume, labels = canonical_item(target.item)
-        truth = labels == target.label
-        session.set_volume(volume)
-        box = drawn_box(truth, seed_of(target.item.id, str(target.label)))
-        prediction = session.add(BoxPrompt.from_ijk(box.start, box.stop, volume))
+        prediction, truth = _after(target, session, clicks=0)
         opinions = prediction.experts.items()
         maps = {f"{arm}, weight {100 * opinion.mean_weight:.0f} %": opinion.probability for arm, opinion in opinions}
-        apart = prediction.disagreement
-        most = max(float(apart.max()), LEAST_SHOWN)  # often far below 1: shown relative to its largest value
-        maps[f"disagreement, bright: {most:.2f}"] = apart / most
-        cases.append(Opinions(f"{target.item.id}\n{target.name}", volume, prediction.mask, truth, maps))
+        name = f"{target.item.id}\n{target.name}"
+        cases.append(Opinions(name, prediction.canonical, prediction.mask, truth, maps | _disagreement(prediction)))
     picture_of_opinions(path, cases)
+
+
+def write_failures(targets: Sequence[Target], session: Session, path: Path) -> None:
+    """A picture of masks after a box and clicks, with their probability and where the experts disagree."""
+    cases = []
+    for target in targets:
+        prediction, truth = _after(target, session, clicks=LATE)
+        name = f"{target.item.id}\n{target.name}, Dice {dice(prediction.mask, truth):.2f}"
+        maps = {"probability of the mask": prediction.probability} | _disagreement(prediction)
+        cases.append(Opinions(name, prediction.canonical, prediction.mask, truth, maps))
+    picture_of_opinions(path, cases)
+
+
+def _after(target: Target, session: Session, clicks: int) -> tuple[Prediction, BoolArray]:
+    """The prediction after a box and some clicks in the largest errors, and the truth."""
+    volume, labels = canonical_item(target.item)
+    truth = labels == target.label
+    session.set_volume(volume)
+    rng = seed_of(target.item.id, str(target.label))
+    box = drawn_box(truth, rng)
+    prediction = session.add(BoxPrompt.from_ijk(box.start, box.stop, volume))
+    for _ in range(clicks):
+        if (click := next_click(prediction.mask, truth, rng)) is not None:
+            prediction = session.add(PointPrompt.from_ijk(click[0], volume, click[1]))
+    return prediction, truth
+
+
+def _disagreement(prediction: Prediction) -> dict[str, FloatImage]:
+    """The map under its title; often far below 1, so shown relative to its largest value."""
+    apart = prediction.disagreement
+    most = max(float(apart.max()), LEAST_SHOWN)
+    return {f"disagreement, bright: {most:.2f}": apart / most}
 
 
 def _cell(value: float | None, digits: int = 3) -> str:

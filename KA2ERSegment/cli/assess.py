@@ -54,6 +54,8 @@ def assess(
             targets, _ = assessment.targets_to_assess(manifest, split, *most)
             cases = assessment_report.cases_to_show(targets, session)
             assessment_report.write_opinions(cases, session, output / "experts.png")
+            worst = assessment_report.failures_to_show(done, targets)
+            assessment_report.write_failures(worst, session, output / "failures.png")
         run.result({"output": str(output), **found})
         table = table_of(f"{loaded.identity}, {found['objects']} objects", "what", "value")
         for name, value in _shown(found).items():

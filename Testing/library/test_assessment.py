@@ -15,6 +15,7 @@ from KA2ERSegment.assessment import (
     GOAL,
     MOST_CLICKS,
     Assessed,
+    Assessment,
     Look,
     Trial,
     assess,
@@ -23,13 +24,21 @@ from KA2ERSegment.assessment import (
     targets_to_assess,
     try_object,
 )
-from KA2ERSegment.assessment_report import by_source, cases_to_show, markdown, reliability, summary, write_report
+from KA2ERSegment.assessment_report import (
+    by_source,
+    cases_to_show,
+    failures_to_show,
+    markdown,
+    reliability,
+    summary,
+    write_report,
+)
 from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.calibration import Reliability, near_object
 from KA2ERSegment.cli import app
 from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import BoolArray
-from KA2ERSegment.manifests import Item, seed_of
+from KA2ERSegment.manifests import Item, Target, seed_of
 from KA2ERSegment.plans import ExpertPlans
 from KA2ERSegment.prediction import Ballots, PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch
@@ -256,6 +265,7 @@ def test_an_assessment_is_saved_resumed_and_written(a_bundle: Bundle, a_manifest
     shown = json.loads(result.stdout)
     assert {key: shown[key] for key in found} == json.loads(json.dumps(found))
     assert (folder / "experts.png").stat().st_size > 1000
+    assert (folder / "failures.png").stat().st_size > 1000
     assert CliRunner().invoke(app, [*words, "--output", str(folder)]).exit_code == 1  # there are results already
 
 
@@ -305,3 +315,21 @@ def test_cases_to_show_are_of_each_experts_own_task_first(a_bundle: Bundle, a_ma
     bundle = replace(a_bundle, plans=replace(a_bundle.plans, experts=experts))
     chosen = cases_to_show(targets, Session(bundle), most=2)
     assert [target.item.source for target in chosen] == ["group/a", "group/b"]
+
+
+def test_failures_are_the_worst_object_of_each_source(a_bundle: Bundle, a_manifest: Path) -> None:
+    targets, _ = targets_to_assess([a_manifest], "val", 2, 3)
+
+    def entry(target: Target, dice: float) -> Assessed:
+        look = Look(3, dice, 0.5, {}, None, None, {})
+        trials = (Trial(True, (replace(look, dice=0.0), look), {}, {}, {}, 0), Trial(False, (look,), {}, {}, {}, 0))
+        item = target.item
+        return Assessed(item.id, item.source, item.subject, "MR", "heart", target.label, "x", "", trials)
+
+    dices = np.linspace(0.9, 0.1, len(targets))  # the last ones are the worst
+    done = Assessment({}, tuple(entry(target, float(d)) for target, d in zip(targets, dices, strict=True)))
+    last = {target.item.source: target for target in targets}
+    expected = sorted(last.values(), key=targets.index, reverse=True)
+    assert len(expected) == 2
+    assert failures_to_show(done, targets) == expected
+    assert failures_to_show(done, targets, most=1) == expected[:1]
