@@ -40,7 +40,14 @@ def test_a_circle_is_refused(tmp_path: Path) -> None:
         read_config(path)
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "must be JSON"), ("[1]", "must be a JSON object, got list")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "must be JSON"),
+        ("[1]", "must be a JSON object, got list"),
+        ('{"gate": {"batch": 2}, "gate": {"cases": 9}}', "'gate' is there twice"),
+    ],
+)
 def test_what_is_no_config_is_refused(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
@@ -64,9 +71,11 @@ def test_the_gpu_has_larger_batches_and_the_bundles_of_the_cpu() -> None:
     cpu, gpu = read_config(CONFIGS / "cpu.json"), read_config(CONFIGS / "gpu.json")
 
     assert gpu["plans"] == cpu["plans"], "else --start could not begin from the shipped bundle"
-    for stage in ("foundation", "amalgamation"):
+    for stage in ("foundation", "amalgamation", "specialists", "gate", "voting"):
         assert gpu[stage]["batch"] >= 16
         assert gpu[stage]["clicks"] == 4
+        assert gpu[stage].get("accumulate", 1) == 1
+    for stage in ("expert", "foundation", "amalgamation", "specialists"):
         assert gpu[stage]["average"] == 0.999
 
 
