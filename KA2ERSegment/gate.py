@@ -7,7 +7,7 @@ temperature and fusion are this project's design:
 
     q = [mean of the embedding; mean of it at the positive prompts; mean of the tokens; means of the prompt maps]
     w = softmax(MLP(q) / T)      over "general" and the K specialists
-    k* = the specialist with the largest w;  it is heard only where w_k* > tau
+    k* = argmax w;  a specialist is heard only where it is k* and w_k* > tau
     p = w_k* sigma(m_k*) + (1 - w_k*) sigma(m_0)      where it is heard, else the general decoder's own answer
 """
 
@@ -91,13 +91,13 @@ def choose(logits: Tensor, allowed: Tensor, temperature: float, threshold: float
 
     Returns:
         weights: (B, K+1) float32, summing to 1; 0 for what is not allowed.
-        heard: (B,) int64, the specialist (1..K) whose weight is the largest among them and above tau; else 0, the
-            general decoder alone.
+        heard: (B,) int64, the specialist (1..K) whose weight is the largest of all and above tau; else 0, the general
+            decoder alone.
     """
     possible = torch.cat([torch.ones_like(allowed[:, :1]), allowed], dim=1)
     weights = (logits.float() / temperature).masked_fill(~possible, float("-inf")).softmax(dim=1)
-    best, at = weights[:, 1:].max(dim=1)
-    return weights, torch.where(best > threshold, at + 1, torch.zeros_like(at))
+    best, at = weights.max(dim=1)  # of equals the first: "general" before any specialist
+    return weights, torch.where(best > threshold, at, torch.zeros_like(at))
 
 
 def fuse(general: Tensor, specialist: Tensor, weight: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class GatePlans:
     hidden: int = 128
     """Width of the gate's hidden layer."""
     threshold: float = 0.5
-    """tau: a specialist is heard where its weight is above this; 1: never."""
+    """tau: a specialist is heard where its weight is the largest of all and above this; 1: never."""
     temperature: float = 1.0
     """Of the gate's softmax, fitted on subjects it was not trained on."""
     enabled: bool = True

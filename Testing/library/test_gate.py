@@ -95,12 +95,13 @@ def calls(model: PromptableModel) -> Counter[tuple[str, int]]:
         ((0.8, 0.15, 0.05), 0.5, 0),
         ((0.3, 0.4, 0.3), 0.5, 0),
         ((0.3, 0.4, 0.3), 0.3, 1),
-        ((0.5, 0.4, 0.1), 0.3, 1),  # the best specialist counts, though "general" weighs more
+        ((0.5, 0.4, 0.1), 0.3, 0),  # the top choice is "general", though the best specialist is above tau
         ((0.0, 1.0, 0.0), 1.0, 0),  # tau = 1: never
-        ((0.98, 0.01, 0.01), 0.0, 1),  # tau = 0: always
+        ((0.3, 0.36, 0.34), 0.0, 1),  # tau = 0: wherever one of them is the top choice
+        ((0.98, 0.01, 0.01), 0.0, 0),
     ],
 )
-def test_a_specialist_is_heard_where_its_weight_is_above_tau(
+def test_a_specialist_is_heard_where_it_is_the_top_choice_and_above_tau(
     weights: tuple[float, ...], threshold: float, heard: int
 ) -> None:
     logits = torch.tensor([weights]).clamp_min(1e-30).log()
@@ -212,6 +213,7 @@ def test_tau_of_one_or_a_gate_that_is_off_gives_the_general_model_bit_for_bit(
     batch: int, changes: dict[str, Any]
 ) -> None:
     model = with_gate_plans(a_model(), **changes)
+    steer(model, *[1] * batch)  # as sure of a specialist as can be
     general, prompts = without_gate(model), clicks(batch)
     got, expected = (
         model.decode(features_of(model, batch), prompts),
@@ -286,7 +288,10 @@ def test_specialists_and_gate_learn_in_their_own_stages_alone() -> None:
 @pytest.fixture(scope="module")
 def a_gated_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Its gate listens to the best specialist always."""
-    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "gated", gated_plans(threshold=0.0))
+    folder = tmp_path_factory.mktemp("bundles")
+    content = Content.of(tiny_bundle(folder / "random", gated_plans(threshold=0.0)))
+    bias = content.tensors["gate.head.bias"] - torch.tensor([20.0, 0, 0])
+    return replace(content, tensors={**content.tensors, "gate.head.bias": bias}).save(folder / "gated")
 
 
 @torch.no_grad()
