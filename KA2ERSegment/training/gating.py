@@ -37,7 +37,7 @@ from KA2ERSegment.training.feeding import Feed, workers_for
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.observing import Observations, observe
 from KA2ERSegment.training.run import Run, Unfinished, digest, made_for, on_rank_zero, wait_for_all
-from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset
+from KA2ERSegment.training.sampling import TargetDataset
 from KA2ERSegment.training.specialists import SECTION
 from KA2ERSegment.training.stages import seeded
 
@@ -73,7 +73,7 @@ class Trial:
 
 
 def train_gate(run: Run, start: Bundle) -> None:
-    """Observe, learn, choose temperature and tau, and write `run.output / "bundle"` with them.
+    """Observe, learn, choose temperature and tau, and write `run.bundle` with them.
 
     Args:
         run: options; its settings have a section `gate`.
@@ -121,7 +121,7 @@ def _train_gate(run: Run, content: Content) -> None:
     text = _words(best, trials[-1], plans, len(learning), len(held))
     card = with_section(content.card, SECTION, text)
     changed = replace(content, plans=replace(content.plans, gate=plans), tensors=tensors, card=card)
-    uncalibrated(changed).save(run.output / "bundle", force=True)
+    uncalibrated(changed).save(run.bundle, force=True)
     found: dict[str, Any] = {"base": base, "temperature": temperature, "threshold": best.threshold}
     found |= {"learning": len(learning), "held_out": len(held), "trials": [asdict(trial) for trial in trials]}
     report.write_text(json.dumps(found, indent=1) + "\n")
@@ -216,7 +216,7 @@ def _observations(
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     until = time.monotonic() + share * 60 * float(options["minutes"])
-    sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
+    sampling = run.sampling(plans)
     dataset = TargetDataset(items, sampling, seed, run.tasks)
     feed = Feed(dataset, int(options["batch"]), workers_for(run.on_gpu, run.workers, 1), run.on_gpu)
     seen: list[Observations] = []

@@ -1,4 +1,4 @@
-"""What all stages of one training share: settings, items, the weights to begin from, and how a stage is fitted."""
+"""What all stages of one training share: settings, items, where each leaves what, and how a stage is fitted."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors import safe_open
 from torch import Tensor
 
-from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.convolution import SoundConvolution
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training.feeding import Feed, Throughput, workers_for
 from KA2ERSegment.training.items import TrainingItem, split_held_out
-from KA2ERSegment.training.sampling import ClassMap, TargetDataset
+from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, TargetDataset
 from KA2ERSegment.training.saving import Average, CompactCheckpoints, Safeguard
 from KA2ERSegment.training.stages import Stage
 
 ACCELERATORS = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 """Lightning's word for each device."""
-
-
+FOUNDATION, BUNDLE = "bundle-foundation", "bundle"
+"""In the output folder: what the stage 'foundation' leaves, and what all later ones do."""
 LOG = "log.json"
 """In the output folder: a line for each stage of each call, with steps, minutes, speed and what data cost."""
 
@@ -65,12 +64,11 @@ class Run:
         device: auto, cpu or cuda.
         ranks: processes or GPUs.
         minutes: budget of each stage; 0: the config's.
-        start: bundle to begin from.
         workers: processes of each rank that draw cases; `feeding.AUTO`: what the machine has.
         save_every: minutes between two checkpoints.
         compact: whether checkpoints are made small enough to be carried about.
         clock: of the call.
-        public: tensors that the foundation begins from, where the config names some and there is no `start`.
+        public: tensors that the foundation begins from, where the config names some.
         held_out: items of split `train` of other subjects, which no stage learns from.
     """
 
@@ -83,7 +81,6 @@ class Run:
     device: str
     ranks: int
     minutes: float
-    start: Bundle | None
     workers: int = 0
     save_every: float = 5.0
     compact: bool = False
@@ -111,7 +108,21 @@ class Run:
     @property
     def foundation(self) -> Path:
         """The bundle that the stage 'foundation' leaves: experts are switched off in it."""
-        return self.output / "bundle-foundation"
+        return self.output / FOUNDATION
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle that every stage after it leaves."""
+        return self.output / BUNDLE
+
+    @property
+    def unfinished(self) -> Path:
+        """What there is of that bundle while a stage runs."""
+        return self.output / "bundle-unfinished"
+
+    def sampling(self, plans: Plans) -> SamplingOptions:
+        """How cases are drawn: as the config says, on patches as the plans have them."""
+        return SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **self.settings["sampling"]})
 
     def divided(self) -> tuple[list[TrainingItem], list[TrainingItem]]:
         """Items to learn from, and items of other subjects; where the config holds none out, one subject in four."""

@@ -27,7 +27,7 @@ from KA2ERSegment.training import losses
 from KA2ERSegment.training.calibrate import uncalibrated
 from KA2ERSegment.training.card import with_section
 from KA2ERSegment.training.run import Run, digest, fit, made_for, on_rank_zero, take_fitting, wait_for_all
-from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset, encoded
+from KA2ERSegment.training.sampling import TargetDataset, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 from KA2ERSegment.training.stages import Stage, seeded
 
@@ -99,7 +99,7 @@ class SpecialistStage(Stage):
 
 
 def train_specialists(run: Run, start: Bundle) -> None:
-    """Finetune specialists around a bundle, and write `run.output / "bundle"` with them and a gate that hears nobody.
+    """Finetune specialists around a bundle, and write `run.bundle` with them and a gate that hears nobody.
 
     Subjects that the gate is judged on are left out. Specialists that are done are not trained again. Temperatures are
     to be fitted again.
@@ -123,7 +123,7 @@ def train_specialists(run: Run, start: Bundle) -> None:
     missing = [name for name, file in files.items() if not made_for(file, base)]
     for name in missing:
         _train(run, content, name, dict(options), files[name], base)
-    if on_rank_zero() and (missing or not _has_them(run.output / "bundle", names, base)):
+    if on_rank_zero() and (missing or not _has_them(run.bundle, names, base)):
         kept = {n: t for n, t in content.tensors.items() if not n.startswith(("specialists.", "gate."))}
         for name, file in files.items():
             kept |= {f"specialists.{name}.{tensor}": values for tensor, values in load_file(file).items()}
@@ -132,7 +132,7 @@ def train_specialists(run: Run, start: Bundle) -> None:
         text = f"Copies of the mask decoder, each finetuned on one expert's task: {', '.join(names)}. Not heard yet."
         card = with_section(content.card, SECTION, text)
         changed = replace(content, plans=plans, tensors=kept, card=card)
-        uncalibrated(changed).save(run.output / "bundle", force=True)
+        uncalibrated(changed).save(run.bundle, force=True)
     wait_for_all()
 
 
@@ -150,12 +150,9 @@ def _train(run: Run, content: Content, name: str, options: dict[str, Any], file:
     how = take_fitting(options)
     task = next(task for task in run.tasks if task.name == name)
     own = [item for item in run.divided()[0] if task.covers(item)]
-    sampling = SamplingOptions(
-        **{"patch_size": content.plans.patch_size, "margin": content.plans.margin, **run.settings["sampling"]}
-    )
     module = SpecialistStage(build_model(content.plans, dict(content.tensors)), name, **options)
     folder = run.output / f"specialist-{name}-{base[:8]}"  # checkpoints of another base are not resumed
-    trainer = fit(module, TargetDataset(own, sampling, module.seed), folder, run, **how)
+    trainer = fit(module, TargetDataset(own, run.sampling(content.plans), module.seed), folder, run, **how)
     if trainer.is_global_zero:
         logger.info("specialist %s: %d steps in %.1f minutes", name, module.global_step, module.minutes_spent)
         weights = {n: t.detach().cpu().contiguous() for n, t in tensors_by_name(module.decoder).items()}

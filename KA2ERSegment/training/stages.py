@@ -1,11 +1,11 @@
-"""The training stages as Lightning modules: one expert, then the promptable model around all of them."""
+"""What all stages are as Lightning modules: the device's random state, the images, and a schedule that ends on time."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -13,15 +13,8 @@ import lightning
 import torch
 from torch import Tensor
 
-from KA2ERSegment.build import build_model, load_tensors, tensors_by_name
-from KA2ERSegment.encoders.expert import Expert, build_network
-from KA2ERSegment.model import PatchFeatures
-from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.preprocessing import normalise
-from KA2ERSegment.training import losses, synthesis
-from KA2ERSegment.training.distillation import Distillation, Overheard, overhear
-from KA2ERSegment.training.sampling import IGNORE, encoded
-from KA2ERSegment.training.simulation import first_prompts, next_prompts
+from KA2ERSegment.training import synthesis
 
 logger = logging.getLogger("KA2ERSegment")
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -114,129 +107,6 @@ class Stage(lightning.LightningModule):
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4)
 
 
-class ExpertStage(Stage):
-    """A whole nnU-Net, trained on its own task with Dice and cross-entropy; its encoder becomes the expert."""
-
-    def __init__(self, plans: ExpertPlans, steps: int, minutes: float, learning_rate: float, seed: int) -> None:
-        super().__init__(steps, minutes, learning_rate, seed)
-        with seeded(seed):
-            network = build_network(plans, deep_supervision=False)
-        self.network = _channels_last(network)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One step."""
-        loss = losses.multi_class_loss(self.network(self.images(batch)[:, :1]), batch["classes"], IGNORE)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def encoder_weights(self) -> dict[str, Tensor]:
-        """What the bundle keeps: the encoder."""
-        return tensors_by_name(cast("torch.nn.Module", self.network.encoder))
-
-    def decoder_weights(self) -> dict[str, Tensor]:
-        """What the amalgamation's training asks for predictions: the rest of the network."""
-        return {name: t for name, t in tensors_by_name(self.network).items() if not name.startswith("encoder.")}
-
-
-class PromptableStage(Stage):
-    """Foundation, amalgamation, prompt encoder and mask decoder around frozen experts.
-
-    With plans whose amalgamation is off it is the stage 'foundation': experts are not asked and their arms not trained.
-    Else it is the stage 'amalgamation', with expert dropout, a routing loss in its first third, and distillation.
-
-    Args:
-        plans: of the model.
-        experts: encoder weights by expert name; frozen.
-        steps: at most.
-        minutes: at most.
-        learning_rate: at its peak.
-        seed: of the random state.
-        clicks: decoder passes after the first.
-        features: weight of feature distillation.
-        predictions: weight of prediction distillation.
-        decoders: of the experts' nnU-Nets, by expert name; predictions of experts without one are not distilled.
-    """
-
-    def __init__(
-        self,
-        plans: Plans,
-        experts: dict[str, dict[str, Tensor]],
-        steps: int,
-        minutes: float,
-        learning_rate: float,
-        seed: int,
-        clicks: int = 2,
-        features: float = 0.5,
-        predictions: float = 0.5,
-        decoders: Mapping[str, torch.nn.Module] | None = None,
-    ) -> None:
-        super().__init__(steps, minutes, learning_rate, seed)
-        self.amalgamates = plans.amalgamation.enabled and plans.amalgamation.kind != "foundation"
-        self.features, self.predictions = (features, predictions) if self.amalgamates else (0.0, 0.0)
-        with seeded(seed):
-            self.model = build_model(plans)
-            self.distillation = Distillation(self.model.arms, plans.width, decoders if self.predictions else None)
-        for name, weights in experts.items():
-            load_tensors(cast("Expert", self.model.experts[name]).encoder, weights)
-        self.model = _channels_last(self.model)
-        self.clicks = clicks
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """First prompt, then clicks in the error; the patch is encoded once, as in use."""
-        self.model.experts.eval()
-        self.distillation.decoders.eval()
-        shown, target = self.shown(batch), batch["target"]
-        with overhear(self.model, self.distillation.decoders.keys()) as heard:
-            arms = draw_arms(len(shown), len(self.model.arms), self.generator)
-            features = encoded(self.model, batch, shown, arms)
-        taught = self.distillation.taught(heard, batch["task"], batch["classes"], target) if self.predictions else None
-        prompts = first_prompts(target, batch["box"], batch["outside"], self.generator)
-        total = torch.zeros((), device=self.device)
-        for click in range(self.clicks + 1):
-            decoded = self.model.decode(features, prompts)
-            loss = losses.mask_loss(decoded.logits, target)
-            loss = loss + 0.2 * losses.quality_loss(decoded.quality, decoded.logits, target)
-            if taught is not None:
-                loss = loss + self.predictions * losses.prediction_loss(decoded.logits, *taught)
-            total = total + loss.mean() / (self.clicks + 1)
-            self.log(f"dice{click}", losses.soft_dice(decoded.logits, target).mean().detach(), prog_bar=True)
-            if click < self.clicks:
-                prompts = next_prompts(prompts, decoded.logits, target, self.generator)
-        if self.amalgamates:
-            total = total + self._from_experts(features, heard, batch["task"], target)
-        self.log("loss", total.detach(), prog_bar=True)
-        return total
-
-    def _from_experts(self, features: PatchFeatures, heard: Overheard, task: Tensor, target: Tensor) -> Tensor:
-        """Losses on the embedding: which expert is heard, and what its features teach."""
-        route = losses.routing_loss(features.weights, task * features.present.all(1), target)
-        self.log("route", route.detach())
-        total = (0.05 if self.progress < 1 / 3 else 0.0) * route  # later routing may depart from the task's identity
-        if self.features:
-            taught = self.distillation.feature_loss(self.model, heard, task)
-            self.log("features", taught.detach())
-            total = total + self.features * taught
-        return total
-
-
-def draw_arms(batch: int, arms: int, generator: torch.Generator) -> Tensor:
-    """Which arms each case may use: expert dropout, so that one set of weights serves with all, some or none.
-
-    Args:
-        batch: number of cases.
-        arms: the foundation and the experts.
-        generator: of the device.
-
-    Returns:
-        (batch, arms) bool, at least one true per case; all of them in about half of the cases.
-    """
-    draw = torch.rand(batch, arms + 1, device=generator.device, generator=generator)
-    present = draw[:, :arms] < 0.75
-    present = torch.where(draw[:, arms:] < 0.4, torch.ones_like(present), present)
-    present[:, 0] |= ~present.any(1)
-    return present
-
-
 def shown_of(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
     """(B, S, S, S): real images disturbed, the others made from their labels."""
     made = synthesis.make_image(batch["labels"], batch["target"], generator)
@@ -252,6 +122,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _channels_last(module: Network) -> Network:
+def channels_last(module: Network) -> Network:
     """The memory order that 3D convolutions are fastest in, on CPU and GPU; torch's own stubs do not know it."""
     return cast("Network", cast("Any", module).to(memory_format=torch.channels_last_3d))

@@ -18,10 +18,11 @@ from KA2ERSegment.experts import Content
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.plans import AmalgamationPlans, Plans
 from KA2ERSegment.training import losses
+from KA2ERSegment.training.amalgamation import draw_arms
 from KA2ERSegment.training.distillation import Distillation, overhear
 from KA2ERSegment.training.encoded import EncodedBatch, EncodedCase, together
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
-from KA2ERSegment.training.stages import draw_arms, seeded
+from KA2ERSegment.training.stages import seeded
 
 FRESH, FURTHER = 1e-3, 3e-4
 """Learning rates of what begins anew and of what goes on."""

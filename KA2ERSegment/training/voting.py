@@ -34,7 +34,7 @@ from KA2ERSegment.training.card import with_section
 from KA2ERSegment.training.contrast import BACKGROUND, Contrast
 from KA2ERSegment.training.held_out import compare
 from KA2ERSegment.training.run import Run, describe, digest, fit, take_fitting
-from KA2ERSegment.training.sampling import SamplingOptions, TargetDataset, encoded
+from KA2ERSegment.training.sampling import TargetDataset, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 from KA2ERSegment.training.stages import Stage, seeded
 from KA2ERSegment.voting import STRIDE, Ballot, VotingHead
@@ -150,7 +150,7 @@ class VotingStage(Stage):
 
 
 def train_voting(run: Run, start: Bundle) -> None:
-    """Train the head of a bundle and write it into `run.output / "bundle"`; nothing where that was done for this base.
+    """Train the head of a bundle and write it into `run.bundle`; nothing where that was done for this base.
 
     The head is compared on `run.divided()[1]`, of which the bundle itself may have learnt where the config holds
     nothing out. Temperatures are to be fitted again.
@@ -175,11 +175,11 @@ def train_voting(run: Run, start: Bundle) -> None:
     goes_on = former is not None and voting is not None and replace(former, enabled=True, vote=voting.vote) == voting
     weights = {name: value for name, value in content.tensors.items() if goes_on or not name.startswith("voting.")}
     module = VotingStage(plans, weights, [task.name for task in run.tasks], **options)
-    sampling = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **run.settings["sampling"]})
+    sampling = run.sampling(plans)
     learning, apart = run.divided()
     dataset = TargetDataset(learning, sampling, module.seed, run.tasks)
     patches = how["batch"] * how.get("accumulate", 1) * run.ranks
-    unfinished = run.output / "bundle-unfinished"
+    unfinished = run.unfinished
 
     def leave(bundle: Path, spent: float | None = None, comparison: str = "") -> None:
         """Write a bundle of the model as it is now."""
@@ -201,7 +201,7 @@ def train_voting(run: Run, start: Bundle) -> None:
         as_is = replace(sampling, real_images=1.0, lesions=0.0, parts=0.0)
         comparison = compare(module.model, apart or learning, as_is, run.tasks, count, module.clicks)
         typer.echo(str(comparison))
-        leave(run.output / "bundle", spent, str(comparison))
+        leave(run.bundle, spent, str(comparison))
         shutil.rmtree(unfinished, ignore_errors=True)
         found = {**this, "steps": module.global_step, "minutes": spent, **asdict(comparison)}
         report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

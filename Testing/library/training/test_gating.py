@@ -67,7 +67,7 @@ ITEMS = [an_item(f"{family}_{n}") for family in ("trunk", "brain", "other") for 
 def a_run(output: Path, start: Bundle | None, **changes: Any) -> Run:
     plans = start.plans if start else tiny_plans()
     given = {"settings": SETTINGS, "items": ITEMS[::2], "held_out": ITEMS[1::2], "resume": False, **changes}
-    given |= {"ranks": 1, "minutes": 0.0, "output": output, "start": start}
+    given |= {"ranks": 1, "minutes": 0.0, "output": output}
     return Run(plans=replace(plans, gate=None), tasks=TASKS, device="cpu", **given)
 
 

@@ -31,8 +31,8 @@ from KA2ERSegment.errors import BundleError
 from KA2ERSegment.plans import GatePlans
 from KA2ERSegment.testing import tiny_plans
 from KA2ERSegment.training import __main__ as command
+from KA2ERSegment.training.experts import ExpertStage
 from KA2ERSegment.training.run import Clock
-from KA2ERSegment.training.stages import ExpertStage
 
 CLASSES = {"bright": "liver", "dark": "spleen"}
 
@@ -217,6 +217,53 @@ def test_the_gate_needs_specialists(a_workplace: Path, a_finished_run: Path, tmp
         result = go(*options)
         assert isinstance(result.exception, BundleError)
         assert words in str(result.exception)
+
+
+def test_a_stage_begins_from_start_else_from_what_the_one_before_it_left(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, start = tmp_path / "run", a_finished_run / "bundle"
+    shutil.copytree(a_finished_run, output)
+    foundation, bundle = output / "bundle-foundation", output / "bundle"
+    config = settings(specialists={}, gate={}, voting={})
+    begun: dict[str, Path | None] = {}
+
+    def recorded(name: str) -> Any:
+        return lambda run, given, *rest: begun.update({name: given and given.folder})
+
+    names = ("foundation", "amalgamation", "specialists", "gate", "voting")
+    for name in names:
+        monkeypatch.setattr(command, f"train_{name}", recorded(name))
+    monkeypatch.setattr(command, "calibrate", lambda given, *rest: begun.update(calibration=given.folder))
+
+    def begins(*options: str) -> dict[str, Path | None]:
+        begun.clear()
+        result = run(a_workplace, output, *options, config=config)
+        assert result.exit_code == 0, result.output
+        return dict(begun)
+
+    after = dict.fromkeys(("specialists", "gate", "voting"), bundle)
+    assert begins() == {"foundation": None, "amalgamation": foundation, **after}
+    assert begins("--start", str(start)) == {"amalgamation": start, **after}, "it brings experts and foundation"
+    for name in (*names, "calibration"):
+        assert begins("--stage", name, "--start", str(start)) == {name: start}
+    for name in ("specialists", "gate", "voting", "calibration"):
+        assert begins("--stage", name) == {name: bundle}
+    shutil.rmtree(foundation)
+    assert begins("--stage", "amalgamation") == {"amalgamation": None}, "experts alone will do"
+
+
+def test_the_amalgamation_needs_the_experts_of_the_config(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    shutil.copy(a_finished_run / "tiny_trunk.safetensors", output)
+    result = run(a_workplace, output, "--stage", "amalgamation")
+
+    assert isinstance(result.exception, BundleError)
+    assert "got none of ['tiny_brain']" in str(result.exception)
+    assert not (output / "bundle").exists()
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from KA2ERSegment.build import build_model, tensors_by_name
 from KA2ERSegment.encoders.expert import build_network
 from KA2ERSegment.plans import Plans
 from KA2ERSegment.testing import tiny_plans
+from KA2ERSegment.training.amalgamation import PromptableStage
+from KA2ERSegment.training.experts import ExpertStage
 from KA2ERSegment.training.sampling import Mode
-from KA2ERSegment.training.stages import ExpertStage, PromptableStage
 
 PLANS = tiny_plans()
 

@@ -42,7 +42,7 @@ def a_run(output: Path, **options: Any) -> Run:
     stage = {"steps": 3, "minutes": 5, "learning_rate": 1e-2, "seed": 1, "batch": 2, "clicks": 1, "compare": 3}
     items = [an_item(f"{kind}{n}", kind) for kind in ("ct", "mr") for n in range(4)]
     settings = {"voting": {"plans": HEAD, **stage, **options}, "sampling": {}}
-    return Run(settings, tiny_plans(), items, TASKS, output, False, "cpu", 1, 0.0, None)
+    return Run(settings, tiny_plans(), items, TASKS, output, False, "cpu", 1, 0.0)
 
 
 @pytest.fixture(scope="module")
