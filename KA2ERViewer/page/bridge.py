@@ -82,6 +82,8 @@ class Bridge:
             "renameSegment": self.rename_segment,
             "colorSegment": self.color_segment,
             "showSegment": self.show_segment,
+            "lockSegment": self.lock_segment,
+            "lock": self.lock_selected,
             "showExpert": lambda name, shown: logic.setExpertShown(name, bool(shown)),
             "expertKind": lambda name, kind: logic.setExpertKind(name, kind),
             "expertOpacity": lambda name, percent: logic.setExpertOpacity(name, float(percent) / 100),
@@ -151,6 +153,17 @@ class Bridge:
         self._segment(segment)
         self.logic.segmentationNode.GetDisplayNode().SetSegmentVisibility(segment, bool(shown))
         self.surfaces.outdated = self._changed = True
+
+    def lock_segment(self, segment: str, locked: bool) -> None:
+        """Nothing changes it until it is unlocked."""
+        self.logic.setLocked(segment, bool(locked))
+        self.hands.forget()
+
+    def lock_selected(self) -> None:
+        """Lock the selected segment, or unlock it."""
+        row = next((row for row in self.logic.segments() if row.id == self.logic.selectedSegment), None)
+        if row is not None:
+            self.lock_segment(row.id, not row.locked)
 
     def set_fill(self, percent: float) -> None:
         """How opaque segments are in slice views."""
@@ -272,6 +285,7 @@ class Bridge:
                 "quality": percent(row.quality),
                 "shown": bool(display.GetSegmentVisibility(row.id)) if display is not None else True,
                 "selected": row.id == logic.selectedSegment,
+                "locked": row.locked,
             }
             for row in logic.segments()
         ]
@@ -374,8 +388,13 @@ def _directions(node: Any) -> Any:
     return matrix
 
 
-KEYS = {**{action: keys for action, keys in DEFAULT_KEYS.items() if action != "roi"}, "brush": "B", "eraser": "D"}
-"""The Slicer module's keys, and those of the two tools that the Segment Editor has there."""
+KEYS = {
+    **{action: keys for action, keys in DEFAULT_KEYS.items() if action != "roi"},
+    "brush": "B",
+    "eraser": "D",
+    "lock": "K",
+}
+"""The Slicer module's keys, and those of what has none there."""
 NOTHING_YET: dict[str, Any] = {
     "has_volume": False,
     "volume_name": "",

@@ -9,9 +9,39 @@ from typing import Any
 
 from trame_slicer.segmentation import SegmentationEffectErase, SegmentationEffectPaint
 from trame_slicer.segmentation.paint_effect_parameters import BrushDiameterMode
+from trame_slicer.utils import vtk_image_to_np
 from undo_stack import UndoStack
 
-EFFECTS = {"brush": SegmentationEffectPaint, "eraser": SegmentationEffectErase}
+from KA2ERSegment.geometry import Box
+
+
+class Brush(SegmentationEffectPaint):  # type: ignore[misc]  # trame-slicer has no types where mypy runs
+    """trame-slicer's brush, which leaves to other segments what is theirs."""
+
+    logic: Any = None
+    """`PromptLogic`, which knows what that is."""
+
+    def paint_glyph_at_world_coordinates(self, polydata: Any, points: Any) -> None:
+        """One stroke."""
+        modifier = self.modifier
+        if not points.GetNumberOfPoints() or not modifier.active_segment_id:
+            return
+        stroke = modifier.create_modifier_labelmap()
+        extent = modifier.paint_glyph_in_labelmap(polydata, points, stroke)
+        voxels = vtk_image_to_np(stroke)
+        i0, i1, j0, j1, k0, k1 = (int(n) for n in extent)
+        box = Box((i0, j0, k0), (i1 + 1, j1 + 1, k1 + 1)).intersect(Box.of_shape(voxels.shape))
+        taken = self.logic.isTaken(modifier.active_segment_id, box) if box.size else None
+        if taken is not None:
+            box.crop(voxels)[taken] = 0
+        overlap = self.logic.neighbours == "overlap"
+        self.editor_node.SetOverwriteMode(
+            self.editor_node.OverwriteNone if overlap else self.editor_node.OverwriteAllSegments
+        )
+        modifier.apply_labelmap(stroke, modifier_extent=extent)
+
+
+EFFECTS = {"brush": Brush, "eraser": SegmentationEffectErase}
 
 
 class HandEdits:
@@ -32,6 +62,8 @@ class HandEdits:
     def choose(self, tool: str) -> None:
         """Take the brush or the eraser; a segment is made where there is none."""
         logic = self._logic
+        if logic.selectedSegment:
+            logic.requireUnlocked(logic.selectedSegment)
         logic.setTool("none")
         if not logic.selectedSegment:
             logic.addSegment()
@@ -39,7 +71,9 @@ class HandEdits:
         if self._editor.active_segmentation_node is not logic.segmentationNode:
             self._editor.set_active_segmentation(logic.segmentationNode, logic.volumeNode)
         self._editor.set_active_segment_id(logic.selectedSegment)
-        self._editor.set_active_effect_type(EFFECTS[tool])
+        effect = self._editor.set_active_effect_type(EFFECTS[tool])
+        if isinstance(effect, Brush):
+            effect.logic = logic
         self._resize()
 
     def put_away(self) -> None:
@@ -49,11 +83,18 @@ class HandEdits:
             self._editor.deactivate_effect()
             self._strokes.clear()
 
+    def forget(self) -> None:
+        """Strokes so far are not to be taken back: that would change what must stay as it is now."""
+        self._strokes.clear()
+
     def follow(self) -> None:
         """The selected segment or the pen's size may be others now."""
         if not self.tool:
             return
-        if not self._logic.selectedSegment or self._editor.active_segmentation_node is not self._logic.segmentationNode:
+        selected = self._logic.selectedSegment
+        locked = any(row.locked and row.id == selected for row in self._logic.segments())
+        elsewhere = self._editor.active_segmentation_node is not self._logic.segmentationNode
+        if not selected or locked or elsewhere:
             self.put_away()
         elif self._editor.active_segment_id != self._logic.selectedSegment:
             self._editor.set_active_segment_id(self._logic.selectedSegment)

@@ -34,6 +34,7 @@ WORDS = {
     "reset": "Empty the segment",
     "suggest": "Where to click next",
     "nextSegment": "Next segment",
+    "lock": "Lock or unlock the segment",
     "cancel": "Cancel",
 }
 ENGINE = {

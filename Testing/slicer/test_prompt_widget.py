@@ -327,6 +327,20 @@ def test_completed_goes_to_and_fro(an_open_panel, a_logic) -> None:
     assert not an_open_panel.ui.completedButton.checked
 
 
+def test_lock_goes_to_and_fro_and_a_locked_segment_is_not_removed(an_open_panel, a_logic) -> None:
+    a_logic.haveSegment("Liver")
+    a_logic.tell("state")
+
+    an_open_panel.ui.lockButton.click()
+    assert a_logic.segmentRows[0].locked
+    assert an_open_panel.ui.lockButton.checked
+    assert not an_open_panel.ui.removeSegmentButton.enabled
+
+    an_open_panel.ui.lockButton.click()
+    assert not a_logic.segmentRows[0].locked
+    assert an_open_panel.ui.removeSegmentButton.enabled
+
+
 TERMINOLOGY = {
     "SegmentationCategoryTypeContextName": "A short list",
     "@schema": "https://raw.githubusercontent.com/qiicr/dcmqi/master/doc/segment-context-schema.json#",

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -158,6 +159,23 @@ class Tab:
     def state(self, name: str) -> Any:
         """Of the page's state."""
         return self.page.evaluate(f"window.trame.state.get('{name}')")
+
+    def voxels(self, segment: str) -> np.ndarray:
+        """Of a segment, by its name, as the page saves it: (k, j, i) bool."""
+        import nrrd
+
+        address = self.page.evaluate("new URL('save/seg.nrrd', document.baseURI).href")
+        answer = self.page.request.get(address)
+        assert answer.status == 200, f"the viewer answered {answer.status}: {self.state('error')!r}"
+        body = answer.body()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "segmentation.seg.nrrd"
+            path.write_bytes(body)
+            array, header = nrrd.read(str(path), index_order="C")
+        found = next(n for n in range(100) if header[f"Segment{n}_Name"] == segment)
+        layers = array if array.ndim == 4 else array[..., None]
+        layer, value = (int(header[f"Segment{found}_{what}"]) for what in ("Layer", "LabelValue"))
+        return layers[..., layer] == value
 
     def click(self, view: str, ras: tuple[float, float, float]) -> None:
         """Place a point, and wait for what comes of it."""

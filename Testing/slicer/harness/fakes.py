@@ -130,6 +130,11 @@ class FakeLogic:
         self.change(self.segmentRows, index, status=status)
         self.tell("state")
 
+    def setLocked(self, segmentId: str, locked: bool) -> None:
+        self._note("setLocked", segmentId, locked)
+        self.change(self.segmentRows, [row.id for row in self.segmentRows].index(segmentId), locked=locked)
+        self.tell("state")
+
     def setTool(self, tool: str) -> None:
         self._note("setTool", tool)
         self.tool = tool

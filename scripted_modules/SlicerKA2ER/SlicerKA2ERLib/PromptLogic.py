@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import slicer
 import vtk
 
 from KA2ERSegment.errors import CancelledError, KA2ERError, SessionStateError
-from KA2ERSegment.geometry import apply_affine
+from KA2ERSegment.geometry import BoolArray, Box, apply_affine
 from KA2ERSegment.prompts import BoxPrompt, LassoPrompt, MaskPrompt, PointPrompt, Polarity, Prompt, ScribblePrompt
 from KA2ERSegment.steps import Neighbours
 from SlicerKA2ERLib import Terminology
@@ -45,8 +45,10 @@ from SlicerKA2ERLib.Protocols import (
     SegmentRow,
 )
 from SlicerKA2ERLib.SegmentWriter import (
+    LOCKED,
     SegmentWriter,
     bindToVolume,
+    isLocked,
     newSegment,
     newSegmentation,
     requireLabelmaps,
@@ -57,6 +59,7 @@ from SlicerKA2ERLib.SliceTools import SliceTools
 from SlicerKA2ERLib.VolumeIO import matrixBetween, volumeData
 
 logger = logging.getLogger("KA2ERSegment")
+STAYS = "undo and redo must not change a locked segment, {name!r} is locked. Unlock it first."
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,8 @@ class PromptLogic:
     def _segmentRow(self, segmentId: str, hasPrompts: bool) -> SegmentRow:
         segment = self.segmentationNode.GetSegmentation().GetSegment(segmentId)
         status, quality = Terminology.status(segment), self._qualityOf(segmentId)
-        return SegmentRow(segmentId, segment.GetName(), segment.GetColor(), status, quality, hasPrompts)
+        locked = bool(segment.HasTag(LOCKED))
+        return SegmentRow(segmentId, segment.GetName(), segment.GetColor(), status, quality, hasPrompts, locked)
 
     def _qualityOf(self, segmentId: str) -> float | None:
         known = self._mirror.known.get(segmentId)
@@ -239,6 +243,7 @@ class PromptLogic:
 
     def removeSegment(self, segmentId: str) -> None:
         self._requireSegment(segmentId)
+        self.requireUnlocked(segmentId)
         self.segmentationNode.GetSegmentation().RemoveSegment(segmentId)
         self._followSegments()
 
@@ -252,6 +257,37 @@ class PromptLogic:
             raise SessionStateError(message)
         Terminology.setStatus(self._requireSegment(segmentId), status)
         self._notify("state")
+
+    def setLocked(self, segmentId: str, locked: bool) -> None:
+        segment = self._requireSegment(segmentId)
+        if locked:
+            segment.SetTag(LOCKED, "1")
+        else:
+            segment.RemoveTag(LOCKED)
+        self._markers.lock(segmentId, bool(locked))
+        self._notify("state")
+
+    def isTaken(self, segmentId: str, box: Box) -> BoolArray | None:
+        """Where in a box of the volume a hand must not paint a segment, so that its neighbours keep what is theirs."""
+        if self.neighbours == "overlap":
+            return None
+        others = [other for other in segmentIds(self.segmentationNode) if other != segmentId]
+        if self.neighbours == "compete":
+            others = [other for other in others if isLocked(self.segmentationNode, other)]
+        return self._writer.covered(self.segmentationNode, others, box, self.volumeNode, volumeData(self.volumeNode))
+
+    def requireUnlocked(self, *names: str) -> None:
+        """SessionStateError where one of these segments is locked."""
+        for segmentId in names:
+            if self._isLocked(segmentId):
+                name = self.segmentationNode.GetSegmentation().GetSegment(segmentId).GetName()
+                message = (
+                    f"the segment must not be locked to be changed, {name!r} is. Unlock it, or choose another one."
+                )
+                raise SessionStateError(message)
+
+    def _isLocked(self, segmentId: str) -> bool:
+        return self.segmentationNode is not None and isLocked(self.segmentationNode, segmentId)
 
     def _isEmpty(self, segmentId: str) -> bool:
         if self.volumeNode is None:
@@ -341,6 +377,7 @@ class PromptLogic:
         ]
 
     def deletePrompt(self, nodeId: str) -> None:
+        self.requireUnlocked(*(marker.segmentId for marker in self._markers.markers() if marker.key == nodeId))
         self._markers.remove(nodeId)
         self._markersChanged = True
         self.poll()
@@ -378,6 +415,7 @@ class PromptLogic:
             node.SetReferenceImageGeometryParameterFromVolumeNode(self._requireVolume())  # export to DICOM looks for it
         if not self.selectedSegment:
             self.addSegment()
+        self.requireUnlocked(self.selectedSegment)
 
     def _submitPrompt(self, segment: str, prompt: Prompt, key: str) -> None:
         self._ledger.pending[key] = segment, prompt
@@ -412,21 +450,41 @@ class PromptLogic:
     def undo(self) -> None:
         floor = self._mirror.floor or ()
 
+        locked = self._locked()
+
         def verb(session: Any) -> tuple[Any, ...]:
+            before = session.steps
             change = session.undo()
-            if session.steps[: len(floor)] == floor:
-                return (change,)
-            return change, session.redo()  # what was in the scene before the first prompt is not ours to take back
+            if session.steps[: len(floor)] != floor:
+                return change, session.redo()  # what was in the scene before the first prompt is not ours to take back
+            if (name := _stepsOn(before, session.steps, locked)) is not None:
+                session.redo()
+                raise SessionStateError(STAYS.format(name=name))
+            return (change,)
 
         self._engine.submit(Request(UPDATING, verb, direction=-1))
         self._notify("busy")
 
     def redo(self) -> None:
-        self._engine.submit(Request(UPDATING, lambda session: (session.redo(),), direction=+1))
+        locked = self._locked()
+
+        def verb(session: Any) -> tuple[Any, ...]:
+            before = session.steps
+            change = session.redo()
+            if (name := _stepsOn(before, session.steps, locked)) is not None:
+                session.undo()
+                raise SessionStateError(STAYS.format(name=name))
+            return (change,)
+
+        self._engine.submit(Request(UPDATING, verb, direction=+1))
         self._notify("busy")
+
+    def _locked(self) -> frozenset[str]:
+        return frozenset(one for one in segmentIds(self.segmentationNode) if self._isLocked(one))
 
     def reset(self) -> None:
         if self.selectedSegment:
+            self.requireUnlocked(self.selectedSegment)
             self._submitOn(self.selectedSegment, lambda session: session.reset())
 
     def setNeighbours(self, neighbours: str) -> None:
@@ -448,6 +506,7 @@ class PromptLogic:
         segment, wanted = self.selectedSegment, (float(smoothingMm), bool(islands))
         if not segment or wanted == self._mirror.finishOf(segment):
             return
+        self.requireUnlocked(segment)
         self._mirror.finishes[segment] = wanted
         self._submitOn(segment, lambda session: session.finish(*wanted), ("finish", segment))
         self._notify("state")
@@ -508,7 +567,7 @@ class PromptLogic:
     def _write(self, changes: Sequence[Any], inHistory: bool) -> None:
         data = volumeData(self.volumeNode)
         node, mirror = self.segmentationNode, self._mirror
-        saved = False
+        saved, keptOff = False, () if self.neighbours == "overlap" else tuple(self._locked())
         for change in (one for several in changes for one in several.objects):
             if node.GetSegmentation().GetSegment(change.name) is None and not (
                 inHistory and change.exists and self._bringBack(change.name)
@@ -519,7 +578,7 @@ class PromptLogic:
                 self._writer.saveStateForUndo()
             edited = mirror.isEdited(node, change.name)
             written = self._writer.write(
-                node, change.name, change.box, change.mask, self.volumeNode, data, self.segmentEditorNode
+                node, change.name, change.box, change.mask, self.volumeNode, data, self.segmentEditorNode, keptOff
             )
             mirror.noteWritten(node, change, written.equal, edited)
             if change.name == self.selectedSegment:
@@ -566,11 +625,25 @@ class PromptLogic:
         if found.withdrawn:
             self._engine.withdraw(found.withdrawn)
         for marker in found.new:
-            self._submitPrompt(marker.segmentId, marker.prompt, marker.key)
+            if self._isLocked(marker.segmentId):
+                self._markers.remove(marker.key)
+                self._reportLocked(marker.segmentId)
+            else:
+                self._submitPrompt(marker.segmentId, marker.prompt, marker.key)
         for segment in found.moved:
-            self._submitRevision(segment)
+            if self._isLocked(segment):
+                self._engine.reconcile(restore=True)
+                self._reportLocked(segment)
+            else:
+                self._submitRevision(segment)
         if found.moved or found.new or found.withdrawn:
             self._notify("prompts", "state", "busy")
+
+    def _reportLocked(self, segment: str) -> None:
+        try:
+            self.requireUnlocked(segment)
+        except SessionStateError as error:
+            self.report(error)
 
     def _submitRevision(self, segment: str) -> None:
         request = Request(UPDATING, lambda session: (), segment, jobKey=("revise", segment), isRevision=True)
@@ -668,6 +741,8 @@ class PromptLogic:
                 points.setdefault(marker.segmentId, []).append(marker.prompt)
         seeds = []
         for name in segmentIds(self.segmentationNode):
+            if self._isLocked(name):
+                continue  # giving it what another frame has would change it
             box, labels, value = self._writer.labels(self.segmentationNode, name, self.volumeNode, data, {})
             inside = labels == value
             if inside.any():
@@ -798,6 +873,14 @@ class PromptLogic:
         for event in events:
             for observer in list(self.observers):
                 observer(event)
+
+
+def _stepsOn(before: Sequence[Any], after: Sequence[Any], segments: Collection[str]) -> str | None:
+    """The one of some segments whose steps are others in two journals; None where all are the same."""
+    for name in segments:
+        if [one for one in before if one["object"] == name] != [one for one in after if one["object"] == name]:
+            return name
+    return None
 
 
 def _triple(values: Any) -> Ras:

@@ -323,6 +323,12 @@ class PromptNodes:
         for node in self._nodes():
             self._observe(node)
 
+    def lock(self, segmentId: str, locked: bool) -> None:
+        """Keep the mouse from moving the prompts of a segment, or let it."""
+        for node in self._nodes():
+            if node.GetAttribute(SEGMENT) == segmentId:
+                node.SetLocked(locked)
+
     def _observe(self, node: Any) -> None:
         if node in self._observed:
             return

@@ -261,6 +261,7 @@ class PromptWidget:
         ui.structureComboBox.activated.connect(self.onStructure)
         ui.removeSegmentButton.clicked.connect(self.onRemoveSegment)
         ui.completedButton.clicked.connect(self.onCompleted)
+        ui.lockButton.clicked.connect(self.onLocked)
         ui.smoothingSlider.valueChanged.connect(self.onFinish)
         ui.islandsCheckBox.toggled.connect(self.onFinish)
         ui.neighboursComboBox.currentIndexChanged.connect(self.onNeighbours)
@@ -365,6 +366,12 @@ class PromptWidget:
         row = self._selectedRow()
         if row is not None:
             self._try(self.logic.setStatus, row.id, "in progress" if row.status == "completed" else "completed")
+            self.refresh()
+
+    def onLocked(self, *_args: Any) -> None:
+        row = self._selectedRow()
+        if row is not None:
+            self._try(self.logic.setLocked, row.id, not row.locked)
             self.refresh()
 
     def onFinish(self, *_args: Any) -> None:
@@ -551,6 +558,7 @@ class PromptWidget:
             ui.segmentsTable.setSelectedSegmentIDs(wanted)
         row = self._selectedRow()
         ui.completedButton.setChecked(row is not None and row.status == "completed")
+        ui.lockButton.setChecked(row is not None and row.locked)
         quality = row.quality if row is not None else None
         ui.qualityLabel.setText("" if quality is None else _("Expected Dice: {value:.2f}").format(value=quality))
 
@@ -579,8 +587,9 @@ class PromptWidget:
         self._enable(ui.redoButton, bool(logic.canRedo))
         self._enable(ui.resetButton, usable and row is not None)
         self._enable(ui.suggestButton, usable and row is not None and row.hasPrompts)
-        for widget in (ui.removeSegmentButton, ui.structureComboBox):
+        for widget in (ui.structureComboBox, ui.lockButton):
             self._enable(widget, row is not None)
+        self._enable(ui.removeSegmentButton, row is not None and not row.locked)
         self._enable(ui.completedButton, row is not None)
         self._enable(ui.resultSection, usable)
         self._enable(ui.disagreementCheckBox, bool(logic.experts()))

@@ -41,6 +41,7 @@ class SegmentRow:
         status: one of STATUSES.
         quality: Dice to expect, 0..1; None where nothing was predicted since the last edit by hand.
         hasPrompts: whether prompts of it are in the scene.
+        locked: whether it must stay as it is.
     """
 
     id: str
@@ -49,6 +50,7 @@ class SegmentRow:
     status: str
     quality: float | None
     hasPrompts: bool
+    locked: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,9 @@ class PromptLogicProtocol(Protocol):
         """A terminology entry as Slicer serialises it; its name and recommended colour come with it."""
 
     def setStatus(self, segmentId: str, status: str) -> None: ...
+
+    def setLocked(self, segmentId: str, locked: bool) -> None:
+        """No prompt, undo, redo, reset or removal changes a locked segment: what would is refused with a message."""
 
     # tools and prompts
     tool: str

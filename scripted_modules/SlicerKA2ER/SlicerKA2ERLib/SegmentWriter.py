@@ -7,7 +7,7 @@ Which neighbours lose voxels is the engine's decision: here no segment is change
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from KA2ERSegment.geometry import BoolArray, Box, FloatArray
 from SlicerKA2ERLib.VolumeIO import VolumeData, ijkToRas, matrixBetween, toNumpy, toVtk
 
 LABELMAP = "Binary labelmap"
+LOCKED = "KA2ER.Locked"
+"""Tag of segments that must stay as they are; saved with them. Slicer itself knows no such lock."""
 NOTHING = Box((0, 0, 0), (0, 0, 0))
 LARGE = 500_000
 """Voxels of a box from which on Slicer's own way of writing takes more than the blink of 20 ms."""
@@ -116,7 +118,15 @@ class SegmentWriter:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def write(
-        self, node: Any, segmentId: str, box: Box, mask: BoolArray, volumeNode: Any, data: VolumeData, editorNode: Any
+        self,
+        node: Any,
+        segmentId: str,
+        box: Box,
+        mask: BoolArray,
+        volumeNode: Any,
+        data: VolumeData,
+        editorNode: Any,
+        keptOff: Iterable[str] = (),
     ) -> Written:
         """Make a segment be `mask` in a box, as far as the Segment Editor's masking allows.
 
@@ -124,13 +134,20 @@ class SegmentWriter:
             box: of the volume.
             mask: (K, J, I) bool in it.
             editorNode: vtkMRMLSegmentEditorNode whose editable area and intensity range count; None for no limits.
+            keptOff: segments from which it takes nothing; a locked one stays as it is whatever is asked for.
         """
         before = self.part(node, segmentId, box, volumeNode, data)
         changed = before ^ mask
         if not changed.any():
             return Written(True, changed)
+        if isLocked(node, segmentId):
+            return Written(False, np.zeros_like(changed))
         editable = self._editable(node, segmentId, box, volumeNode, data, editorNode)
         equal = True
+        taken = self.covered(node, [other for other in keptOff if other != segmentId], box, volumeNode, data)
+        if taken is not None:
+            allowed = before | ~taken  # what it already shares with them, it may lose
+            editable = allowed if editable is None else editable & allowed
         if editable is not None:
             equal = not (changed & ~editable).any()
             changed &= editable
@@ -226,16 +243,32 @@ class SegmentWriter:
             segments = [s for s in segments if s != segmentId]
             if mode == node.EditAllowedEverywhere or not segments:
                 return None
-        covered = np.zeros(box.shape_kji, dtype=bool)
-        for other in segments:
-            covered |= self.part(node, other, box, volumeNode, data)
+        covered = self.covered(node, segments, box, volumeNode, data)
+        if covered is None:
+            covered = np.zeros(box.shape_kji, dtype=bool)
         return covered if inside else ~covered
+
+    def covered(
+        self, node: Any, segments: Iterable[str], box: Box, volumeNode: Any, data: VolumeData
+    ) -> BoolArray | None:
+        """Where in a box any of some segments is: (K, J, I) bool; None for no segments."""
+        result: BoolArray | None = None
+        for segmentId in segments:
+            part = self.part(node, segmentId, box, volumeNode, data)
+            result = part if result is None else result | part
+        return result
 
 
 def segmentIds(node: Any) -> list[str]:
     """Of a segmentation node, in its order."""
     segmentation = node.GetSegmentation()
     return [segmentation.GetNthSegmentID(n) for n in range(segmentation.GetNumberOfSegments())]
+
+
+def isLocked(node: Any, segmentId: str) -> bool:
+    """Whether a segment must stay as it is."""
+    segment = node.GetSegmentation().GetSegment(segmentId)
+    return segment is not None and bool(segment.HasTag(LOCKED))
 
 
 def newSegment(node: Any, name: str = "", segmentId: str = "", color: Any = None) -> str:

@@ -93,7 +93,11 @@ class SliceTools:
         if node.GetScene() is not self._scene:
             return
         if node.GetNumberOfDefinedControlPoints() and min(node.GetSize()) > 0:
-            _reporting(self._logic, lambda: self._logic.giveRoi(node))
+            try:
+                self._logic.giveRoi(node)
+            except KA2ERError as error:
+                removeNode(node)
+                self._logic.report(error)
         else:
             removeNode(node)
         if self._logic.tool == "roi":
