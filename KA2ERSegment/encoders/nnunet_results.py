@@ -146,16 +146,24 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         )
         raise BundleError(message) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
         message = (
             f"{str(path)!r} must be a checkpoint as nnU-Net v2 writes it, plain tensors and numbers. It is damaged or "
-            f"holds something else ({type(error).__name__}: {reason[0] if reason else ''}). Nothing of it was run."
+            f"holds something else ({why_not_plain(error)}). Nothing of it was run."
         )
         raise BundleError(message) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
         message = f"{str(path)!r} must be a checkpoint of nnU-Net v2 with 'network_weights', it has none."
         raise BundleError(message)
     return checkpoint
+
+
+def why_not_plain(error: Exception) -> str:
+    """Why torch refused to read a file with `weights_only`, without its advice to read it without."""
+    if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it asks for {named[1]}, which is no plain data" if named else "a pickle of something that is no data"
+    reason = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {reason[0] if reason else ''}"
 
 
 def _numpy_numbers() -> list[Any]:

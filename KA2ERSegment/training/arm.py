@@ -179,11 +179,11 @@ def _draw(
 
 
 def _check_spacing(item: TrainingItem, spacing_kji: tuple[float, ...]) -> None:
-    """By the middle axis of each: images may have been turned. An expert without a spacing reads any."""
+    """In the order of size: images may have been turned. An expert without a spacing reads any."""
     if not spacing_kji:
         return
-    ratio = sorted(item.spacing)[1] / sorted(spacing_kji)[1]
-    if not 1 / MAX_SPACING_RATIO < ratio < MAX_SPACING_RATIO:
+    ratios = [given / own for given, own in zip(sorted(item.spacing), sorted(spacing_kji), strict=True)]
+    if not all(1 / MAX_SPACING_RATIO < ratio < MAX_SPACING_RATIO for ratio in ratios):
         own, given = (" x ".join(f"{mm:g}" for mm in three) for three in (spacing_kji, item.spacing[::-1]))
         message = (
             f"case {item.name!r} must have about the spacing that the expert was planned for, {own} mm (K, J, I), "

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from KA2ERSegment.build import tensors_by_name
 from KA2ERSegment.encoders.foundation import Foundation
+from KA2ERSegment.encoders.nnunet_results import why_not_plain
 from KA2ERSegment.errors import BundleError
 from KA2ERSegment.plans import FoundationPlans
 
@@ -135,7 +136,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        message = f"foundation_weights: {path.name} is no checkpoint of plain tensors: {str(error).splitlines()[0]}"
+        message = f"foundation_weights: {path.name} is no checkpoint of plain tensors: {why_not_plain(error)}."
         raise BundleError(message) from error
     for key in ("state_dict", "model"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
