@@ -191,7 +191,7 @@ def ablate(
         pack([data / name for name in settings["manifests"]], cache, settings["share_alike"])
     learning, apart = _encoded(bundle, cache, tasks, settings, cases, held_out, gigabytes, seed, device)
     table["about"] |= {"cases_found": len(learning), "held_out_found": len(apart)}
-    table["about"] |= {"subjects_held_out": len({case.item.subject for case in apart})}
+    table["about"] |= {"subjects_held_out": len({(case.item.source, case.item.subject) for case in apart})}
     table["about"] |= {"hardware": describe(torch.device(device), 1)}
     content = Content.of(bundle)
     for name in missing:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,19 +73,19 @@ class TrainingItem:
     def load(cls, path: Path) -> TrainingItem:
         """Read one packed item."""
         with np.load(path, allow_pickle=False) as stored:
-            about: dict[str, Any] = json.loads(str(stored["about"]))
+            about = _about(path, stored)
             labels = stored["labels"].astype(np.uint16, copy=False)
             steps = about.get("steps")  # of a thin cache
             images = tuple(
                 stored[f"image{n}"] if steps is None else decoded(stored[f"image{n}"], steps[n])
                 for n in range(about["channels"])
             )
-        known = about.get("boxes")  # caches of older versions have none
+        known = about.get("boxes")
         boxes = boxes_of(labels) if known is None else {int(value): Box(*map(tuple, known[value])) for value in known}
         names = {int(value): name for value, name in about["names"].items()}
         return cls(
             about["id"], about["source"], labels, images, tuple(about["spacing"]), names, boxes,
-            about["licence"], about["modality"], about["region"], about.get("subject", about["id"]),
+            about["licence"], about["modality"], about["region"], about["subject"],
         )  # fmt: skip
 
 
@@ -109,8 +109,20 @@ class ItemName:
     def read(cls, path: Path) -> ItemName:
         """Of one packed item."""
         with np.load(path, allow_pickle=False) as stored:
-            about: dict[str, Any] = json.loads(str(stored["about"]))
-        return cls(about["id"], about["source"], about.get("subject", ""), about["channels"] > 0)
+            about = _about(path, stored)
+        return cls(about["id"], about["source"], about["subject"], about["channels"] > 0)
+
+
+def _about(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a packed item says of itself."""
+    about: dict[str, Any] = json.loads(str(stored["about"]))
+    if "subject" not in about:
+        message = (
+            f"packed item {path.name!r} must say whose it is; an earlier version packed it. "
+            "Delete the cache's folder; the next call packs it again."
+        )
+        raise VolumeError(message)
+    return about
 
 
 Named = TypeVar("Named", TrainingItem, ItemName)

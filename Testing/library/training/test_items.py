@@ -13,7 +13,7 @@ import pytest
 
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.training import items as items_module
-from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem, pack, split_held_out
+from KA2ERSegment.training.items import MIN_VOXELS, ItemName, TrainingItem, pack, split_held_out
 
 COLUMNS = ["id", "split", "modality", "body_region", "has_image", "images", "label", "labels_json", "spacing"]
 COLUMNS += ["source_repo", "licence", "share_alike"]
@@ -78,6 +78,20 @@ def test_a_packed_item_has_canonical_axes_and_boxes_of_its_labels(tmp_path: Path
     assert set(item.boxes) == {1, 7}, f"label 9 has fewer than {MIN_VOXELS} voxels"
     for value, box in item.boxes.items():
         assert (box.crop(expected) == value).sum() == (expected == value).sum() == box.size
+
+
+def test_an_item_that_does_not_say_whose_it_is_is_refused(tmp_path: Path) -> None:
+    pack([a_manifest(tmp_path / "data")], tmp_path / "cache", share_alike=False)
+    path = tmp_path / "cache" / "one.npz"
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    about = json.loads(str(arrays.pop("about")))
+    del about["subject"]
+    np.savez_compressed(path, about=json.dumps(about), **arrays)
+
+    for read in (TrainingItem.load, ItemName.read):
+        with pytest.raises(VolumeError, match=r"'one.npz' must say whose it is.*Delete the cache's folder"):
+            read(path)
 
 
 def test_a_manifest_without_train_items_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from KA2ERSegment.training.thin import LOSSES, Loss, thin
 
 def write(folder: Path, name: str, labels: np.ndarray, *images: np.ndarray, source: str = "a/repo") -> None:
     about = {"id": name, "source": source, "spacing": [1.0, 1.5, 2.0], "channels": len(images), "licence": "CC0"}
-    about |= {"names": {"7": "liver", "900": "spleen"}, "modality": "CT", "region": "abdomen"}
+    about |= {"names": {"7": "liver", "900": "spleen"}, "modality": "CT", "region": "abdomen", "subject": name}
     arrays: Any = {f"image{n}": image for n, image in enumerate(images)}
     np.savez_compressed(folder / f"{name}.npz", about=json.dumps(about), labels=labels, **arrays)
 
