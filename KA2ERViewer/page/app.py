@@ -30,10 +30,13 @@ from KA2ERViewer.page import first, layout, windows  # noqa: E402
 from KA2ERViewer.page.bridge import Bridge  # noqa: E402
 from KA2ERViewer.page.engine import KeptEngine  # noqa: E402
 from KA2ERViewer.page.files import Files  # noqa: E402
+from KA2ERViewer.page.layout import SHOWN  # noqa: E402
 from KA2ERViewer.page.scene import ViewerScene  # noqa: E402
 from KA2ERViewer.page.views import decorate, follow_slices  # noqa: E402
 
 logger = logging.getLogger("KA2ERViewer")
+TURN = 10
+"""Degrees that a key turns the 3D view."""
 
 
 def main() -> None:
@@ -60,18 +63,38 @@ def main() -> None:
 
 def _more_triggers(server: Any, around: ViewerScene, bridge: Bridge) -> None:
     def window(name: str) -> None:
-        windows.apply(bridge.logic.volumeNode, name)
+        if bridge.logic.volumeNode is not None:
+            windows.apply(bridge.logic.volumeNode, name)
+
+    def window_level(window: float, level: float) -> None:
+        if bridge.logic.volumeNode is not None:
+            windows.adjust(bridge.logic.volumeNode, float(window), float(level))
 
     def fit(name: str) -> None:
         around.views[name].fit_view_to_content()
         around.views[name].schedule_render()
 
+    def zoom(name: str, nearer: bool) -> None:
+        view = around.views[name]
+        view.zoom_in() if nearer else view.zoom_out()
+        view.schedule_render()
+
+    def turn(right: int, up: int) -> None:
+        camera = around.solid.first_renderer().GetActiveCamera()
+        camera.Azimuth(-TURN * right)
+        camera.Elevation(-TURN * up)
+        camera.OrthogonalizeViewUp()
+        around.solid.first_renderer().ResetCameraClippingRange()
+        around.solid.schedule_render()
+
     def show(layout: str, **_: Any) -> None:
-        shown = list(around.views) if layout == "Four" else [layout]
-        around.app.view_manager.set_current_view_ids(shown)
+        around.app.view_manager.set_current_view_ids(list(SHOWN[layout]))
 
     server.state.change("layout")(show)
-    server.trigger("window")(window)
+    server.trigger("windowPreset")(window)
+    server.trigger("windowLevel")(window_level)
+    server.trigger("zoom")(zoom)
+    server.trigger("turn")(turn)
     server.trigger("fit")(fit)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import slicer
 
 from KA2ERSegment.errors import KA2ERError, SessionStateError
+from KA2ERViewer.page.cursor import KeyboardCursor
 from KA2ERViewer.page.hands import EFFECTS, HandEdits
 from KA2ERViewer.page.scene import ViewerScene
 from KA2ERViewer.page.surfaces import Surfaces
@@ -46,6 +47,8 @@ class Bridge:
         self.surfaces = Surfaces(around.scene)
         self.hands = HandEdits(around.app.segmentation_editor, self.logic)
         around.app.segmentation_editor.segmentation_modified.connect(self._on_stroke)
+        self.cursor = KeyboardCursor(around.scene, around.slices, self.logic, lambda: self.tool)
+        self._display: tuple[Any, int] | None = None  # of the volume, and our observer of it
         self._changed = True
         self._notice = ""
         self._latest_tool = "point"
@@ -63,8 +66,8 @@ class Bridge:
     def actions(self) -> dict[str, Callable[..., None]]:
         """Name of a trigger -> what it does. Shortcuts have the names of the Slicer module's."""
         logic = self.logic
-        tools = {tool: lambda tool=tool: self.choose_tool(tool) for tool in TOOLS if tool not in ("none", "roi")}
-        tools |= {tool: lambda tool=tool: self.choose_tool(tool) for tool in EFFECTS}
+        names = (*(tool for tool in TOOLS if tool != "none"), *EFFECTS, WINDOW)
+        tools = {tool: lambda tool=tool: self.choose_tool(tool) for tool in names}
         return {
             **tools,
             "polarity": lambda: logic.setPolarity(not logic.positive),
@@ -93,20 +96,39 @@ class Bridge:
             "neighbours": lambda name: logic.setNeighbours(name),
             "fill": self.set_fill,
             "dismiss": self.dismiss,
+            "deletePrompt": logic.deletePrompt,
+            "cursorMove": self.cursor.move,
+            "cursorPress": self.cursor.press,
+            "cursorScroll": self.cursor.scroll,
+            "cursorHide": self.cursor.hide,
         }
 
     def choose_tool(self, tool: str) -> None:
         """The chosen one is put away by choosing it again."""
         chosen = "none" if self.tool == tool else tool
+        self.cursor.let_go()
         self.hands.put_away()
+        self._adjust_window(False)
         if chosen in EFFECTS:
             self.hands.choose(chosen)
+        elif chosen == WINDOW:
+            self.logic.setTool("none")
+            self._adjust_window(True)
         else:
             self.logic.setTool(chosen)
 
+    def _adjust_window(self, on: bool) -> None:
+        """Slicer's own mouse mode, in which dragging in a slice view changes window and level."""
+        node = self.around.logic.GetInteractionNode()
+        if on or node.GetCurrentInteractionMode() == node.AdjustWindowLevel:
+            node.SetCurrentInteractionMode(node.AdjustWindowLevel if on else node.ViewTransform)
+
     @property
     def tool(self) -> str:
-        """A prompt tool, the brush or the eraser; "none" where none is chosen."""
+        """A prompt tool, the brush, the eraser or "window"; "none" where none is chosen."""
+        node = self.around.logic.GetInteractionNode()
+        if node.GetCurrentInteractionMode() == node.AdjustWindowLevel:
+            return WINDOW
         return self.hands.tool or str(self.logic.tool)
 
     def undo(self) -> None:
@@ -124,13 +146,12 @@ class Bridge:
             self.logic.redo()
 
     def cancel(self) -> None:
-        """What is under way; where nothing is, what is being drawn."""
+        """What is under way; where nothing is, the tool is put away, and what is being drawn with it."""
         if self.logic.busy:
             self.logic.cancel()
         else:
-            tool = self.logic.tool
-            self.logic.setTool("none")
-            self.logic.setTool(tool)
+            self.choose_tool(self.tool)
+            self.cursor.hide()
 
     def rename_segment(self, segment: str, name: str) -> None:
         """Names are unique: files could not tell two of one name apart."""
@@ -208,6 +229,7 @@ class Bridge:
         """Work on another volume: its segments are its own, and the former volume leaves the scene."""
         logic, scene = self.logic, self.around.scene
         self.hands.put_away()
+        self.cursor.forget()
         former = logic.volumeNode, logic.segmentationNode
         logic.setSegmentationNode(None)
         logic.setVolumeNode(node)
@@ -220,11 +242,22 @@ class Bridge:
             view.get_view_node().RotateToVolumePlane(node) if _oblique(node) else None
             view.fit_view_to_content()
         self.around.solid.reset_view()
+        self._follow_window(node)
         logic.warmUp()
         if logic.tool == "none":
             logic.setTool(self._latest_tool)
         self.dismiss()
         self.refresh()
+
+    def _follow_window(self, node: Any) -> None:
+        """Window and level change by dragging too."""
+        if self._display is not None:
+            self._display[0].RemoveObserver(self._display[1])
+        display = node.GetDisplayNode()
+        self._display = display, display.AddObserver("ModifiedEvent", lambda *_: self._on_window())
+
+    def _on_window(self) -> None:
+        self._changed = True
 
     # -- logic -> page -----------------------------------------------------------------------------------------------
 
@@ -303,6 +336,12 @@ class Bridge:
             }
             for row in logic.experts()
         ]
+        prompts = [
+            {"id": row.nodeId, "kind": row.kind, "positive": row.positive}
+            for row in (logic.prompts() if logic.selectedSegment else ())
+        ]
+        shown = logic.volumeNode.GetDisplayNode() if logic.volumeNode is not None else None
+        window, level = (shown.GetWindow(), shown.GetLevel()) if shown is not None else (0.0, 0.0)
         return {
             "has_volume": logic.volumeNode is not None,
             "volume_name": logic.volumeNode.GetName() if logic.volumeNode is not None else "",
@@ -312,7 +351,11 @@ class Bridge:
             "can_undo": self.hands.can_undo if self.hands.tool else logic.canUndo,
             "can_redo": self.hands.can_redo if self.hands.tool else logic.canRedo,
             "segments": rows,
-            "prompt_count": len(logic.prompts()) if logic.selectedSegment else 0,
+            "prompt_count": len(prompts),
+            "prompts": prompts,
+            "window": _rounded(window),
+            "level": _rounded(level),
+            "cursor_text": self.cursor.text,
             "quality": percent(logic.quality),
             "experts": experts,
             "disagreement_shown": logic.disagreementShown,
@@ -363,6 +406,11 @@ def percent(share: float | None) -> int:
     return -1 if share is None else round(100 * share)
 
 
+def _rounded(value: float) -> float:
+    """Three digits tell windows of CT apart, and those of images between 0 and 1."""
+    return float(f"{value:.4g}")
+
+
 def suggestion_text(suggestion: Any) -> str:
     """Where to click next, for people."""
     if suggestion is None:
@@ -388,12 +436,9 @@ def _directions(node: Any) -> Any:
     return matrix
 
 
-KEYS = {
-    **{action: keys for action, keys in DEFAULT_KEYS.items() if action != "roi"},
-    "brush": "B",
-    "eraser": "D",
-    "lock": "K",
-}
+WINDOW = "window"
+"""The tool that adjusts window and level."""
+KEYS = {**DEFAULT_KEYS, "brush": "B", "eraser": "D", WINDOW: "W", "lock": "K"}
 """The Slicer module's keys, and those of what has none there."""
 NOTHING_YET: dict[str, Any] = {
     "has_volume": False,
@@ -405,6 +450,10 @@ NOTHING_YET: dict[str, Any] = {
     "can_redo": False,
     "segments": [],
     "prompt_count": 0,
+    "prompts": [],
+    "window": 0,
+    "level": 0,
+    "cursor_text": "",
     "quality": -1,
     "experts": [],
     "disagreement_shown": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ BALL = (6.0, -4.0, 8.0)
 RADIUS = 17.0
 
 
-def _chromium() -> str | None:
+def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -76,7 +77,7 @@ def a_viewer(a_phantom: Path) -> Iterator[Viewer]:
 def a_browser() -> Iterator[Any]:
     """Headless Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-view")
-    executable = _chromium()
+    executable = chromium()
     if executable is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     with playwright.sync_playwright() as api:
@@ -93,6 +94,7 @@ class Tab:
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.foreign = page, []
         self._origin = url.rstrip("/")
+        page.set_default_timeout(120_000)  # a machine that trains beside the tests is slow
         page.on("request", self._note)
         page.goto(url)
         self.wait_until_ready()
@@ -160,6 +162,12 @@ class Tab:
         """Of the page's state."""
         return self.page.evaluate(f"window.trame.state.get('{name}')")
 
+    def cursor(self) -> tuple[float, float, float] | None:
+        """Where the keyboard's crosshair is, RAS mm; None where it is not shown."""
+        found = re.findall(r"([LRPAIS]) ([0-9.]+)", self.state("cursor_text"))
+        values = [float(value) * (1 if end in "RAS" else -1) for end, value in found]
+        return (values[0], values[1], values[2]) if values else None
+
     def voxels(self, segment: str) -> np.ndarray:
         """Of a segment, by its name, as the page saves it: (k, j, i) bool."""
         import nrrd
@@ -210,8 +218,10 @@ def open_tab(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
     """Opens a tab with a session of its own, or that of an address."""
     contexts = []
 
-    def opened(url: str | None = None) -> Tab:
-        context = a_browser.new_context(viewport={"width": 1280, "height": 720}, accept_downloads=True)
+    def opened(url: str | None = None, **more: Any) -> Tab:
+        context = a_browser.new_context(
+            **{"viewport": {"width": 1280, "height": 720}, "accept_downloads": True, **more}
+        )
         contexts.append(context)
         return Tab(context.new_page(), url or a_viewer.url)
 

@@ -84,11 +84,52 @@ function pressed(event) {
   return parts.join("+");
 }
 
+addEventListener("click", (event) => {
+  if (event.target.closest?.("[data-skip]")) {
+    [...document.querySelectorAll(".view .remote-controlled-area")].find((area) => area.checkVisibility())?.focus();
+  }
+});
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+const areaOf = (node) => node.closest?.(".remote-controlled-area");
+
+// The keyboard in a view moves a crosshair and presses where it is: see cursor.py.
+function pressedInView(event) {
+  const name = areaOf(event.target)?.closest("[data-view]")?.dataset.view, arrow = ARROWS[event.key];
+  if (!name || event.ctrlKey || event.metaKey) return false;
+  if (event.key === "+" || event.key === "-") ask("zoom", name, event.key === "+");
+  else if (arrow) name === "ThreeD" ? ask("turn", ...arrow) : ask("cursorMove", name, ...arrow, event.shiftKey);
+  else if (name === "ThreeD") return false;
+  else if (event.key === "Enter") event.repeat || ask("cursorPress", name, event.altKey);
+  else if (event.key === "PageUp" || event.key === "PageDown") ask("cursorScroll", name, event.key === "PageUp" ? 1 : -1);
+  else return false;
+  return true;
+}
+addEventListener("pointerdown", (event) => {
+  if (areaOf(event.target) && window.trame?.state.get("cursor_text")) ask("cursorHide");
+}, true);
+
+// What trame draws views into has no name and no role of its own.
+new MutationObserver(() => {
+  for (const area of document.querySelectorAll(".remote-controlled-area:not([role])")) {
+    const view = area.closest("[data-view]");
+    if (!view) continue;
+    area.setAttribute("role", "application");
+    area.setAttribute("aria-label", view.dataset.view === "ThreeD"
+      ? "3D view: arrow keys turn it" : `${view.getAttribute("aria-label")}: arrow keys move the crosshair, Enter places`);
+  }
+}).observe(document, { childList: true, subtree: true });
+
 addEventListener("keydown", (event) => {
   const into = event.target;
+  if (pressedInView(event)) {
+    event.preventDefault();
+    event.stopPropagation();
+    return;
+  }
   if (into.closest?.("input[type=text], input[type=password], textarea, select, [role=dialog]") || event.altKey) return;
   const state = window.trame?.state;
-  if (!state) return;
+  if (!state || document.querySelector(".v-overlay--active")) return; // an open menu has keys of its own
   if (event.key === "?") return void state.set("help", true);
   const keys = state.get("keys") || {}, key = pressed(event);
   const action = Object.keys(keys).find((name) => keys[name].toLowerCase() === key);

@@ -1,0 +1,196 @@
+"""Window and level, layouts, 3D boxes, the list of prompts, and prompts by keyboard alone, in a real browser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from KA2ERViewer.shared import use_shared_code
+
+pytestmark = pytest.mark.slow
+
+
+def focus(tab: Any, view: str) -> None:
+    """Give the keyboard to a view, as Tab does."""
+    tab.page.locator(f".view-{view} .remote-controlled-area").focus()
+
+
+def go(tab: Any, view: str, ras: tuple[float, float, float]) -> None:
+    """Move the crosshair to a point of the slice that is shown, by arrow keys alone."""
+    axes = {"Red": (0, 1), "Green": (0, 2), "Yellow": (1, 2)}[view]
+    keys = (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"))
+    focus(tab, view)
+    tab.page.keyboard.press("ArrowRight")
+    tab.until(lambda: tab.cursor() is not None)
+    for axis, (more, less) in zip(axes, keys, strict=True):
+        for _ in range(200):
+            distance = ras[axis] - tab.cursor()[axis]
+            if abs(distance) < 1.0:
+                break
+            far = "Shift+" if abs(distance) > 15 else ""
+            before = tab.cursor()[axis]
+            tab.page.keyboard.press(far + (more if distance > 0 else less))
+            tab.until(lambda axis=axis, before=before: tab.cursor()[axis] != before)
+
+
+def test_tools_and_keys_are_those_of_the_slicer_module_and_more(a_tab: Any) -> None:
+    use_shared_code()
+    from SlicerKA2ERLib.Protocols import TOOLS
+    from SlicerKA2ERLib.Shortcuts import DEFAULT_KEYS
+
+    keys, tools = a_tab.state("keys"), {one["name"] for one in a_tab.state("tools")}
+
+    assert DEFAULT_KEYS.items() <= keys.items()
+    assert len({key.lower() for key in keys.values()}) == len(keys)
+    assert tools == {*TOOLS, "brush", "eraser", "window"} - {"none"}
+    assert tools <= set(keys)
+
+
+def test_dragging_with_the_window_tool_changes_window_and_level_and_no_prompt(a_tab: Any) -> None:
+    before = a_tab.picture("Green").mean()
+    window, level = a_tab.state("window"), a_tab.state("level")
+    x, y = a_tab.at("Red", (0, 0, 8))
+
+    a_tab.page.keyboard.press("w")
+    a_tab.until(lambda: a_tab.state("tool") == "window")
+    a_tab.page.mouse.move(x, y)
+    a_tab.page.mouse.down()
+    a_tab.page.mouse.move(x + 60, y, steps=4)
+    a_tab.page.mouse.move(x + 60, y + 50, steps=4)
+    a_tab.page.mouse.up()
+
+    a_tab.until(lambda: a_tab.state("window") > window and a_tab.state("level") < level)
+    a_tab.until(lambda: abs(a_tab.picture("Green").mean() - before) > 2)
+    assert a_tab.state("prompt_count") == 0
+    a_tab.press("p")
+    a_tab.click("Red", a_tab.BALL)
+    assert a_tab.state("prompt_count") == 1
+
+
+def test_window_presets_and_numbers_are_in_the_menu_and_escape_closes_it(a_tab: Any) -> None:
+    a_tab.page.locator(".window-button").click()
+    a_tab.page.get_by_role("button", name="CT abdomen").click()
+    a_tab.until(lambda: (a_tab.state("window"), a_tab.state("level")) == (350, 40))
+
+    a_tab.page.locator(".level-value").fill("100")
+    a_tab.page.keyboard.press("Enter")
+    a_tab.until(lambda: (a_tab.state("window"), a_tab.state("level")) == (350, 100))
+    a_tab.page.get_by_role("button", name="MR", exact=True).click()
+    a_tab.until(lambda: a_tab.state("window") < 250)
+    tool = a_tab.state("tool")
+    a_tab.page.keyboard.press("Escape")
+
+    a_tab.page.locator(".window-menu").wait_for(state="hidden")
+    assert a_tab.state("tool") == tool
+
+
+def test_layouts_show_the_views_that_they_say(a_tab: Any) -> None:
+    every = {"Red", "Green", "Yellow", "ThreeD"}
+    for layout, shown in {
+        "Large": every,
+        "Row": every - {"ThreeD"},
+        "ThreeD": {"ThreeD"},
+        "Yellow": {"Yellow"},
+        "Four": every,
+    }.items():
+        a_tab.page.locator(".views-button").click()
+        a_tab.page.locator(f"[data-layout={layout}]").click()
+        a_tab.until(lambda layout=layout: a_tab.state("layout") == layout)
+        a_tab.until(
+            lambda shown=shown: {name for name in every if a_tab.page.locator(f".view-{name}").is_visible()} == shown
+        )
+    a_tab.until(lambda: all(a_tab.picture(name).max() > 100 for name in ("Red", "Green", "Yellow")))
+
+
+def test_wheel_scrolls_and_the_zoom_keys_zoom(a_tab: Any) -> None:
+    text = a_tab.state("slice_Red_text")
+    a_tab.page.mouse.move(*a_tab.at("Red", (0, 0, 0)))
+    a_tab.page.mouse.wheel(0, 200)
+    a_tab.until(lambda: a_tab.state("slice_Red_text") != text)
+
+    focus(a_tab, "Green")
+    bright = (a_tab.picture("Green").mean(axis=-1) > 30).sum()
+    a_tab.page.keyboard.press("-")
+    a_tab.until(lambda: (a_tab.picture("Green").mean(axis=-1) > 30).sum() < 0.9 * bright)
+    focus(a_tab, "Red")
+    text = a_tab.state("slice_Red_text")
+    a_tab.page.keyboard.press("PageUp")
+    a_tab.until(lambda: a_tab.state("slice_Red_text") != text)
+
+
+def test_3d_box_is_placed_by_two_clicks_and_has_handles_in_all_slices(a_tab: Any) -> None:
+    r, a, s = a_tab.BALL
+    half = 0.9 * a_tab.RADIUS
+    a_tab.page.keyboard.press("c")
+    a_tab.until(lambda: a_tab.state("tool") == "roi")
+
+    for corner in ((r - half, a - half, s), (r + half, a + half, s)):
+        a_tab.page.mouse.move(*a_tab.at("Red", corner))
+        a_tab.still()
+        a_tab.page.mouse.click(*a_tab.at("Red", corner))
+        a_tab.still()
+    a_tab.until(lambda: a_tab.state("prompt_count") == 1 and a_tab.state("can_undo"))
+
+    assert a_tab.state("prompts")[0]["kind"] == "roi"
+    assert a_tab.voxels("Segment_1").any()
+    a_tab.still()
+    first = a_tab.voxels("Segment_1")
+    a_tab.page.mouse.move(*a_tab.at("Red", (r + half, a, s)))
+    a_tab.still()
+    a_tab.drag("Red", [(r + half, a, s), (r + 0.1 * half, a, s)])
+    a_tab.until(lambda: not np.array_equal(a_tab.voxels("Segment_1"), first))
+    assert a_tab.state("prompt_count") == 1
+
+
+def test_prompt_is_removed_from_the_list_and_undo_brings_it_back(a_tab: Any) -> None:
+    a_tab.click("Red", a_tab.BALL)
+    shown = a_tab.colored("Green").sum()
+    a_tab.page.locator(".prompts-of summary").click()
+
+    a_tab.page.get_by_label("Remove prompt 1").click()
+    a_tab.until(lambda: a_tab.state("prompt_count") == 0)
+    a_tab.until(lambda: a_tab.colored("Green").sum() < shown / 2)
+    a_tab.press("Control+z")
+
+    a_tab.until(lambda: a_tab.state("prompt_count") == 1)
+    a_tab.until(lambda: a_tab.colored("Green").sum() > 0.9 * shown)
+
+
+def test_point_is_placed_by_keyboard_alone(a_tab: Any) -> None:
+    a_tab.page.locator(".skip").focus()
+    a_tab.page.keyboard.press("Enter")
+    a_tab.until(lambda: a_tab.page.evaluate("document.activeElement.getAttribute('role')") == "application")
+    go(a_tab, "Red", a_tab.BALL)
+
+    a_tab.page.keyboard.press("Enter")
+    a_tab.until(lambda: a_tab.state("prompt_count") == 1 and a_tab.state("can_undo"))
+    a_tab.keep("viewer-keyboard")
+    inside = a_tab.voxels("Segment_1")
+    go(a_tab, "Red", (a_tab.BALL[0] + 0.6 * a_tab.RADIUS, *a_tab.BALL[1:]))
+    a_tab.page.keyboard.press("Alt+Enter")
+    a_tab.until(lambda: a_tab.state("prompt_count") == 2)
+
+    assert inside.any()
+    assert [one["positive"] for one in a_tab.state("prompts")] == [True, False]
+    a_tab.page.mouse.click(*a_tab.at("Green", (0, 0, 0)))
+    a_tab.until(lambda: a_tab.cursor() is None)
+
+
+@pytest.mark.parametrize(("key", "kind"), [("x", "box"), ("l", "lasso")])
+def test_what_is_drawn_with_the_mouse_is_drawn_by_keys(a_tab: Any, key: str, kind: str) -> None:
+    r, a, s = a_tab.BALL
+    half = 0.8 * a_tab.RADIUS
+    a_tab.page.keyboard.press(key)
+    a_tab.until(lambda: a_tab.state("tool") == kind)
+
+    go(a_tab, "Red", (r - half, a - half, s))
+    a_tab.page.keyboard.press("Enter")
+    a_tab.until(lambda: "drawing" in a_tab.state("cursor_text"))
+    go(a_tab, "Red", (r + half, a + half, s))
+    a_tab.page.keyboard.press("Enter")
+
+    a_tab.until(lambda: a_tab.state("prompt_count") == 1 and a_tab.state("can_undo"))
+    assert a_tab.state("prompts")[0]["kind"] == kind
+    assert a_tab.state("error") == ""
