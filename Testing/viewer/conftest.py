@@ -21,6 +21,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PICTURES = os.environ.get("KA2ERSEGMENT_PICTURES", "")
 """Folder for screenshots of the main states; none are kept without it."""
+PATIENCE = 300
+"""Seconds that anything may take: a machine that trains beside the tests is slow."""
 SHAPE_KJI = (44, 60, 52)
 SPACING = (1.6, 1.4, 2.0)
 BALL = (6.0, -4.0, 8.0)
@@ -94,7 +96,7 @@ class Tab:
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.foreign = page, []
         self._origin = url.rstrip("/")
-        page.set_default_timeout(120_000)  # a machine that trains beside the tests is slow
+        page.set_default_timeout(1000 * PATIENCE)
         page.on("request", self._note)
         page.goto(url)
         self.wait_until_ready()
@@ -105,23 +107,23 @@ class Tab:
 
     def wait_until_ready(self) -> None:
         """A volume is shown, and the engine can be asked."""
-        self.page.wait_for_selector(".volume-name", timeout=120_000)
-        self.page.wait_for_selector(".engine-ready", timeout=120_000)
+        self.page.wait_for_selector(".volume-name", timeout=1000 * PATIENCE)
+        self.page.wait_for_selector(".engine-ready", timeout=1000 * PATIENCE)
         self.still()
 
     def still(self) -> None:
         """Nothing is under way, and views have drawn what came of it."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         time.sleep(0.4)
         while self.page.locator(".status-text").inner_text() not in ("Ready", "Choose a tool"):
-            assert time.monotonic() < end, "still busy after two minutes"
+            assert time.monotonic() < end, f"still busy after {PATIENCE} s"
             time.sleep(0.1)
         before = None
         while before is None or not all(np.array_equal(before[name], now) for name, now in self.pictures().items()):
             before = self.pictures()
             time.sleep(0.5)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Wait for what comes by itself, such as the answer to a question."""
         end = time.monotonic() + seconds
         while not condition():
@@ -216,6 +218,16 @@ class Tab:
 @pytest.fixture
 def open_tab(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
     """Opens a tab with a session of its own, or that of an address."""
+    yield from _opener(a_viewer, a_browser)
+
+
+@pytest.fixture(scope="module")
+def open_shared_tab(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
+    """The same for a tab that several tests look at and leave as it was: opening one takes longest."""
+    yield from _opener(a_viewer, a_browser)
+
+
+def _opener(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
     contexts = []
 
     def opened(url: str | None = None, **more: Any) -> Tab:
