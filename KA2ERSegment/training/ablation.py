@@ -24,13 +24,14 @@ from torch import Tensor
 
 from KA2ERSegment.build import build_model, tensors_by_name
 from KA2ERSegment.bundle import Bundle, load_bundle
+from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.experts import Content
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.plans import Plans
 from KA2ERSegment.training.config import read_config
 from KA2ERSegment.training.encoded import EncodedCase, encode_cases, together
 from KA2ERSegment.training.items import ItemName, pack, split_held_out
-from KA2ERSegment.training.losses import shares_inside
+from KA2ERSegment.training.losses import dice, shares_inside
 from KA2ERSegment.training.run import describe
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions
 from KA2ERSegment.training.shares import NO_TASK, share_table
@@ -70,8 +71,7 @@ def held_out_dice(
         steps = []
         for click in range(1 + clicks):
             logits = model.decode(features, prompts).logits
-            mask, truth = (logits > 0).flatten(1), batch.target.flatten(1)
-            steps.append(2 * (mask & truth).sum(1) / (mask.sum(1) + truth.sum(1)).clamp_min(1))
+            steps.append(dice(logits > 0, batch.target))
             if click < clicks:
                 prompts = next_prompts(prompts, logits, batch.target, generator)
         found.append(torch.stack(steps, dim=1).cpu())
@@ -87,7 +87,7 @@ def measure(model: PromptableModel, cases: Sequence[EncodedCase], tasks: Sequenc
         cases: held out.
         tasks: names of the experts, in the order of the cases' `task`.
     """
-    dice, shares = held_out_dice(model, cases)
+    scores, shares = held_out_dice(model, cases)
     alone, _ = held_out_dice(model, cases, experts=False, clicks=1)
     boxed = torch.tensor([bool(case.box.any()) for case in cases])
     real = torch.tensor([case.real for case in cases])
@@ -101,17 +101,17 @@ def measure(model: PromptableModel, cases: Sequence[EncodedCase], tasks: Sequenc
         "parameters": sum(tensor.numel() for tensor in tensors_by_name(model).values()),
         "seconds_per_patch": round(encode, 4),
         "seconds_per_click": round(click, 4),
-        "dice": means(dice),
-        "dice_with_box": means(dice[boxed]),
-        "dice_clicks_only": means(dice[~boxed]),
-        "dice_real_images": means(dice[real]),
-        "dice_made_images": means(dice[~real]),
+        "dice": means(scores),
+        "dice_with_box": means(scores[boxed]),
+        "dice_clicks_only": means(scores[~boxed]),
+        "dice_real_images": means(scores[real]),
+        "dice_made_images": means(scores[~real]),
         "dice_without_experts": means(alone),
         "shares": asdict(share_table(model.arms, shares, named)),
         "cases": [
             {"item": case.item.name, "source": case.item.source, "subject": case.item.subject}
             | {"box": bool(box), "real": case.real, "dice": [round(float(value), 4) for value in row]}
-            for case, box, row in zip(cases, boxed, dice, strict=True)
+            for case, box, row in zip(cases, boxed, scores, strict=True)
         ],
     }
 
@@ -244,6 +244,9 @@ def _encoded(
     model = build_model(plans, bundle.weights()).to(device)
     paths = {ItemName.read(path): path for path in sorted(cache.glob("*.npz"))}
     learning, apart = split_held_out(list(paths), 4, least=2)
+    if not apart:
+        message = f"variants are measured on other subjects, got none: no source in {str(cache)!r} has two."
+        raise VolumeError(message)
     given = {"patch_size": plans.patch_size, "margin": plans.margin, **settings.get("sampling", {})}
     real = given | {"real_images": 1.0, "lesions": 0.0, "parts": 0.0}
     share = held_out / (cases + held_out)
@@ -257,7 +260,7 @@ def _encoded(
         options, most = SamplingOptions(**drawn), part * gigabytes * 1e9
         return encode_cases(model, items, tasks, options, count, seed, most, disturbed, progress)
 
-    measured = encode(apart or learning, held_out, real, share, disturbed=False)
+    measured = encode(apart, held_out, real, share, disturbed=False)
     return encode(learning, cases, given, 1 - share, disturbed=True), measured
 
 

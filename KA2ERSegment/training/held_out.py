@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.training import losses, synthesis
 from KA2ERSegment.training.items import TrainingItem
@@ -47,10 +48,10 @@ class Comparison:
     shares_of_task: dict[str, dict[str, float]]
     load_entropy: float
 
-    def __str__(self) -> str:
-        """One sentence."""
+    def sentence(self, whose: str) -> str:
+        """For people; `whose` says what the patches are of."""
         return (
-            f"On {self.cases} patches held out, mean loss {self.loss_before:.4f} without and {self.loss_after:.4f} "
+            f"On {self.cases} patches of {whose}, mean loss {self.loss_before:.4f} without and {self.loss_after:.4f} "
             f"with the vote, Dice {self.dice_before:.4f} and {self.dice_after:.4f} (standard error of the difference "
             f"{self.dice_gain_error:.4f}); load entropy {self.load_entropy:.2f} of 1."
         )
@@ -74,7 +75,13 @@ def compare(
         tasks: by which the shares are told apart.
         patches: number of cases.
         clicks: after the first prompt.
+
+    Raises:
+        VolumeError: no item has an object to draw a patch around.
     """
+    if not any(item.boxes for item in items):
+        message = f"the vote is compared on items with labels, got {len(items)} items without."
+        raise VolumeError(message)
     head = model.eval().voting
     assert head is not None, "there is nothing to compare without a head"
     device = head.load.device
@@ -94,7 +101,7 @@ def compare(
             ballot = head.ballot(features.embedding, base, maps)
             voted = head.answer(base, ballot)
             measured = [losses.mask_loss(base.logits, target), losses.mask_loss(voted, target)]
-            measured += [_dice(base.logits, target), _dice(voted, target)]
+            measured += [losses.dice(base.logits > 0, target), losses.dice(voted > 0, target)]
             row += torch.cat(measured).cpu() / (clicks + 1)
             share += ballot.of_all(len(share)).mean((0, 2)).cpu() / (clicks + 1)
             if click < clicks:
@@ -144,9 +151,3 @@ def _cases(
             case = draw_case(members[turn % len(members)], options, rng, tasks)
             if case is not None:
                 yield case
-
-
-def _dice(logits: Tensor, target: Tensor) -> Tensor:
-    """(B,), of the mask."""
-    mask, truth = (logits > 0).flatten(1), target.flatten(1)
-    return 2 * (mask & truth).sum(1) / (mask.sum(1) + truth.sum(1)).clamp_min(1)

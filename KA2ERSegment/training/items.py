@@ -97,20 +97,18 @@ class ItemName:
         name: id in the manifest.
         source: repository it came from.
         subject: whose it is.
-        shown: whether it has an image.
     """
 
     name: str
     source: str
     subject: str
-    shown: bool
 
     @classmethod
     def read(cls, path: Path) -> ItemName:
         """Of one packed item."""
         with np.load(path, allow_pickle=False) as stored:
             about = _about(path, stored)
-        return cls(about["id"], about["source"], about["subject"], about["channels"] > 0)
+        return cls(about["id"], about["source"], about["subject"])
 
 
 def _about(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:

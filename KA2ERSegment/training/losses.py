@@ -14,6 +14,12 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
     return (2 * overlap + 1) / (probability.sum(1) + truth.sum(1) + 1)
 
 
+def dice(mask: Tensor, target: Tensor) -> Tensor:
+    """Dice of masks (B, S, S, S) bool, (B,); 0 where both are empty."""
+    mask, truth = mask.flatten(1), target.flatten(1)
+    return 2 * (mask & truth).sum(1) / (mask.sum(1) + truth.sum(1)).clamp_min(1)
+
+
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Dice and cross-entropy, (B,), for masks (B, S, S, S); as nnU-Net weighs them, one to one.
 
@@ -29,9 +35,7 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def quality_loss(quality: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     """How far the expected Dice (B,) is from the mask's Dice; (B,)."""
-    mask, truth = (logits > 0).flatten(1).float(), target.flatten(1).float()
-    dice = 2 * (mask * truth).sum(1) / (mask.sum(1) + truth.sum(1)).clamp_min(1)
-    return (quality.float() - dice.detach()).abs()
+    return (quality.float() - dice(logits > 0, target)).abs()
 
 
 def multi_class_loss(logits: Tensor, classes: Tensor, ignore: int) -> Tensor:
@@ -46,8 +50,8 @@ def multi_class_loss(logits: Tensor, classes: Tensor, ignore: int) -> Tensor:
     total = (probability + truth).sum((0, 2, 3, 4))
     occurs = truth.sum((0, 2, 3, 4)) > 0
     occurs[0] = False
-    dice = ((2 * overlap + 1) / (total + 1))[occurs]
-    return entropy + (1 - dice.mean() if len(dice) else torch.zeros((), device=logits.device))
+    of_class = ((2 * overlap + 1) / (total + 1))[occurs]
+    return entropy + (1 - of_class.mean() if len(of_class) else torch.zeros((), device=logits.device))
 
 
 def routing_loss(weights: Tensor, task: Tensor, target: Tensor | None = None) -> Tensor:

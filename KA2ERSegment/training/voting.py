@@ -200,8 +200,9 @@ def train_voting(run: Run, start: Bundle) -> None:
         module.to(trainer.strategy.root_device)
         as_is = replace(sampling, real_images=1.0, lesions=0.0, parts=0.0)
         comparison = compare(module.model, apart or learning, as_is, run.tasks, count, module.clicks)
-        typer.echo(str(comparison))
-        leave(run.bundle, spent, str(comparison))
+        told = comparison.sentence("subjects held out" if apart else "items that it learnt from, as none are held out")
+        typer.echo(told)
+        leave(run.bundle, spent, told)
         shutil.rmtree(unfinished, ignore_errors=True)
         found = {**this, "steps": module.global_step, "minutes": spent, **asdict(comparison)}
         report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -79,7 +79,9 @@ def run_row(row: Row, mode: str, arguments: argparse.Namespace) -> None:
     summary = folder / "summary.json"
     if summary.exists():
         earlier = json.loads(summary.read_text(encoding="utf-8"))
-        if earlier["complete"] and row.gave(earlier["settings"]["method"]):
+        asked = {"split": arguments.split, "max_objects_per_item": arguments.max_objects_per_item}
+        same = asked.items() <= earlier["settings"].items() and row.gave(earlier["settings"]["method"])
+        if earlier["complete"] and same:
             say(f"{row.name}, {mode}: done before")
             return
     about = None

@@ -74,6 +74,8 @@ def test_tables_and_pictures_of_two_rows_and_nothing_is_run_twice(
     capsys.readouterr()
     script.main(words)
     assert capsys.readouterr().out.count("done before") == 2
+    with pytest.raises(KA2ERError, match="got other values of max_objects_per_item"):
+        script.main([*words, "--max-objects-per-item", "2"])
     tiny_bundle(
         tmp_path / "tiny", seed=1
     )  # another bundle in the same place: its results must not pass for the old ones

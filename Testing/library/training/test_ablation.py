@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from typer.testing import CliRunner
 
 from KA2ERSegment.build import build_model, tensors_by_name
 from KA2ERSegment.bundle import Bundle, load_bundle
+from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.experts import UNHEARD, Content
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.testing import tiny_bundle
+from KA2ERSegment.training import ablation
 from KA2ERSegment.training.ablation import ablate, held_out_dice
 from KA2ERSegment.training.encoded import EncodedCase, encode_cases, together
 from KA2ERSegment.training.items import ItemName
@@ -232,6 +235,55 @@ def test_the_command_leaves_a_bundle_and_a_line_for_each_variant_once(
     assert table["about"]["subjects_held_out"] == 2, "one of each source"
     assert "| hierarchical |" in result.output
     assert run(a_start, a_cache, output).output.strip() == "all variants are there"
+
+
+def add_label_maps(cache: Path, source: str, subjects: int) -> None:
+    """Items without an image, as training makes one for them."""
+    for number in range(subjects):
+        name = f"{source}{number}"
+        with np.load(cache / f"ct{number}.npz") as stored:
+            labels, about = stored["labels"], json.loads(str(stored["about"]))
+        about |= {"id": name, "source": source, "subject": name, "channels": 0}
+        np.savez_compressed(cache / f"{name}.npz", about=json.dumps(about), labels=labels)
+
+
+def test_variants_are_measured_on_subjects_of_every_source_that_has_two_and_trained_on_the_others(
+    a_start: Bundle, a_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Label maps among them, with a made image; a source of one subject is all learnt from."""
+    cache = Path(shutil.copytree(a_cache, tmp_path / "cache"))
+    add_label_maps(cache, "maps", 2)
+    add_label_maps(cache, "lonely", 1)
+    drawn: list[tuple[bool, set[str]]] = []
+
+    def recorded(model: PromptableModel, items: Any, *rest: Any) -> list[EncodedCase]:
+        drawn.append((rest[5], {name.subject for name, _ in items}))  # whether images are disturbed: for training
+        return encode_cases(model, items, *rest)
+
+    monkeypatch.setattr(ablation, "encode_cases", recorded)
+    result = run(a_start, cache, tmp_path / "ablation", "--only", "foundation", "--held-out", "12")
+    assert result.exit_code == 0, result.output
+    line = json.loads((tmp_path / "ablation" / "ablation.json").read_text())["foundation"]
+    subjects = dict(drawn)
+
+    assert not subjects[True] & subjects[False]
+    assert {name.rstrip("0123456789") for name in subjects[False]} == {"ct", "mr", "maps"}
+    assert {name.rstrip("0123456789") for name in subjects[True]} == {"ct", "mr", "maps", "lonely"}
+    assert {case["subject"] for case in line["cases"]} == subjects[False]
+    assert {case["source"] for case in line["cases"] if not case["real"]} == {"maps"}
+    assert {case["source"] for case in line["cases"] if case["real"]} == {"ct", "mr"}
+    assert len(line["dice_made_images"]) == len(line["dice_real_images"]) == 6
+
+
+def test_without_another_subject_nothing_is_measured(a_start: Bundle, a_cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    for name in ("ct0", "mr0"):
+        shutil.copy(a_cache / f"{name}.npz", tmp_path / "cache")
+    result = run(a_start, tmp_path / "cache", tmp_path / "ablation")
+
+    assert isinstance(result.exception, VolumeError)
+    assert "measured on other subjects" in str(result.exception)
+    assert not (tmp_path / "ablation").exists()
 
 
 @pytest.mark.parametrize(("option", "words"), [("--steps", "other settings"), ("--only", "must be one of")])

@@ -14,14 +14,14 @@ import torch
 
 from KA2ERSegment.build import build_model, tensors_by_name
 from KA2ERSegment.bundle import Bundle, load_bundle
-from KA2ERSegment.errors import BundleError
+from KA2ERSegment.errors import BundleError, VolumeError
 from KA2ERSegment.geometry import Box
 from KA2ERSegment.plans import VotingPlans
 from KA2ERSegment.testing import tiny_bundle, tiny_plans
-from KA2ERSegment.training.held_out import load_entropy
+from KA2ERSegment.training.held_out import compare, load_entropy
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.run import Run
-from KA2ERSegment.training.sampling import ClassMap
+from KA2ERSegment.training.sampling import ClassMap, SamplingOptions
 from KA2ERSegment.training.voting import SECTION, VotingStage, train_voting
 
 SEMANTIC = ("tiny_trunk", "tiny_brain")
@@ -85,6 +85,7 @@ def test_the_new_bundle_has_a_head_and_without_it_is_the_old_one(a_base: Bundle,
     card = (voted.folder / "model_card.md").read_text()
     assert card.count(SECTION) == 1
     assert f"around bundle {a_base.identity}" in card
+    assert "On 3 patches of subjects held out" in " ".join(card.split())
     assert not (a_finished_run / "bundle-unfinished").exists()
 
 
@@ -98,6 +99,24 @@ def test_the_report_says_what_the_vote_brought_and_how_the_load_is_spread(a_fini
     assert 0 < report["load_entropy"] <= 1
     assert sum(report["shares"].values()) == pytest.approx(1, abs=1e-3)
     assert report["shares_of_task"].keys() == set(SEMANTIC)
+
+
+def test_a_card_does_not_call_held_out_what_was_learnt_from(a_base: Bundle, tmp_path: Path) -> None:
+    run = a_run(tmp_path, steps=1, clicks=0, compare=1)
+    train_voting(replace(run, items=[item for item in run.items if item.name in ("ct0", "mr0")]), a_base)
+
+    card = " ".join((tmp_path / "bundle" / "model_card.md").read_text().split())
+    assert "On 1 patches of items that it learnt from" in card
+    assert "subjects held out" not in card
+
+
+def test_items_without_labels_are_nothing_to_compare_on(a_finished_run: Path) -> None:
+    voted = load_bundle(a_finished_run / "bundle")
+    model = build_model(voted.plans, voted.weights())
+    nothing = [replace(an_item("ct0", "ct"), boxes={})]
+
+    with pytest.raises(VolumeError, match="got 1 items without"):
+        compare(model, nothing, SamplingOptions(32), TASKS, 1, 0)
 
 
 def test_entropy_of_the_load() -> None:
