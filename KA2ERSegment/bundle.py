@@ -192,7 +192,7 @@ def save_bundle(
         (scratch / CARD).write_text(card, encoding="utf-8")
         for name, text in licences.items():
             (scratch / name).write_text(text, encoding="utf-8")
-        sums = {file.name: _sha256(file) for file in sorted(scratch.iterdir())}
+        sums = {file.name: sha256_of(file) for file in sorted(scratch.iterdir())}
         (scratch / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
         scratch.chmod(0o755)
         _swap(scratch, folder)
@@ -233,7 +233,7 @@ def _verified(folder: Path, name: str, expected: str) -> bytes:
 
 def _verify_file(folder: Path, name: str, expected: str) -> None:
     try:
-        found = _sha256(folder / name)
+        found = sha256_of(folder / name)
     except OSError as error:
         message = f"bundle {folder.name!r}: {name} cannot be read: {error}"
         raise BundleError(message) from error
@@ -249,7 +249,8 @@ def _compare(folder: Path, name: str, expected: str, found: str) -> None:
         raise BundleError(message)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):

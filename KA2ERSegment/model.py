@@ -65,6 +65,7 @@ class PromptableModel(nn.Module):
         foundation: features at strides 2 to 16.
         experts: frozen encoders by name.
         amalgamation: one level for each stride of `STRIDES`.
+        merge: both levels' embeddings, (B, 2 width, S/8, ...), to one.
         prompt_encoder: points and boxes to tokens.
         mask_decoder: embedding and prompts to logits; the general one where there are specialists.
         specialists: finetuned copies of it by expert name; frozen.

@@ -7,7 +7,6 @@ the plans name come from torch and nnU-Net's own library alone.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import pickle
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from KA2ERSegment.bundle import read_json_object
+from KA2ERSegment.bundle import read_json_object, sha256_of
 from KA2ERSegment.errors import BundleError
 from KA2ERSegment.plans import SCHEMES, ExpertPlans, Normalisation
 
@@ -86,7 +85,7 @@ class Results:
             classes=classes,
             licence=licence,
             origin=f"{dataset_name}, {folder.name}, {file.parent.name}, {file.name}",
-            sha256=_sha256(file),
+            sha256=sha256_of(file),
             spacing_kji=tuple(spacing[axes.index(axis)] for axis in range(3)),
             normalisation=_normalisation(plans, settings, dataset, folder),
             axes=() if axes == (0, 1, 2) else axes,
@@ -392,14 +391,6 @@ def _name_from(dataset: str) -> str:
 
 def _words(dataset: str) -> str:
     return re.sub(r"^(Dataset|Task)\d+_", "", dataset).replace("_", " ")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check(holds: bool, folder: Path, rule: str, given: object, advice: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from KA2ERSegment.build import build_model, tensors_by_name
@@ -285,11 +284,8 @@ def _dice(run: _Run, at: int, case: _Case, used: bool) -> tuple[float, float]:
     features = _amalgamated(run.model, case, present)
     prompts = first_prompts(case.target, case.box, case.outside, generator)
     prompts = next_prompts(prompts, run.model.decode(features, prompts).logits, case.target, generator)
-    mask = run.model.decode(features, prompts).logits > 0
-    overlap = 2 * int((mask & case.target).sum()) / max(1, int(mask.sum()) + int(case.target.sum()))
-    weight = features.weights[:, at : at + 1]
-    inside = nn.functional.avg_pool3d(case.target[:, None].float(), case.target.shape[-1] // weight.shape[-1])
-    return overlap, float((weight * inside).sum() / inside.sum())
+    score = losses.dice(run.model.decode(features, prompts).logits > 0, case.target)
+    return float(score), float(losses.shares_inside(features.weights, case.target)[0, at])
 
 
 def _amalgamated(model: PromptableModel, case: _Case, present: Tensor) -> PatchFeatures:

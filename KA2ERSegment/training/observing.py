@@ -10,6 +10,7 @@ from torch import Tensor
 
 from KA2ERSegment.gate import gate_query
 from KA2ERSegment.model import PromptableModel
+from KA2ERSegment.training import losses
 from KA2ERSegment.training.sampling import encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 from KA2ERSegment.training.stages import shown_of
@@ -101,10 +102,6 @@ def observe(
 
 def _fused_dice(general: Tensor, specialist: Tensor, target: Tensor) -> Tensor:
     """(B, len(MIXTURES)) Dice of both fused at each weight; logits and target (B, S, S, S)."""
-    one, other, truth = specialist.sigmoid(), general.sigmoid(), target.flatten(1)
-    scores = []
-    for weight in MIXTURES.tolist():
-        mask = (weight * one + (1 - weight) * other > 0.5).flatten(1)
-        overlap = (mask & truth).sum(1)
-        scores.append(2 * overlap / (mask.sum(1) + truth.sum(1)).clamp_min(1))
-    return torch.stack(scores, dim=1)
+    one, other = specialist.sigmoid(), general.sigmoid()
+    masks = (weight * one + (1 - weight) * other > 0.5 for weight in MIXTURES.tolist())
+    return torch.stack([losses.dice(mask, target) for mask in masks], dim=1)

@@ -11,7 +11,6 @@ weights are fetched that no config asks for; their licence is for its author to 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -21,12 +20,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from KA2ERSegment.build import tensors_by_name
+from KA2ERSegment.bundle import sha256_of
 from KA2ERSegment.encoders.foundation import Foundation
 from KA2ERSegment.encoders.nnunet_results import why_not_plain
 from KA2ERSegment.errors import BundleError
@@ -71,8 +71,7 @@ def foundation_weights(
 
 def _verify(path: Path, digest: str) -> None:
     try:
-        with path.open("rb") as stream:
-            found = _sha256(stream)
+        found = sha256_of(path)
     except OSError as error:
         message = f"foundation_weights: {path.name} cannot be read: {error}"
         raise BundleError(message) from error
@@ -81,13 +80,6 @@ def _verify(path: Path, digest: str) -> None:
             f"foundation_weights: {path.name} must have SHA-256 {digest}, got {found}. It is another file, or damaged."
         )
         raise BundleError(message)
-
-
-def _sha256(stream: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):

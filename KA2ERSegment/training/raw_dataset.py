@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from KA2ERSegment.errors import VolumeError
-from KA2ERSegment.geometry import Box, ras_axes
-from KA2ERSegment.training.items import MIN_VOXELS, TrainingItem
+from KA2ERSegment.geometry import ras_axes
+from KA2ERSegment.training.items import TrainingItem, boxes_of
 from KA2ERSegment.volume import Volume
 
 
@@ -91,15 +90,9 @@ class RawDataset:
         array = np.ascontiguousarray(values, dtype=np.uint16)
         if self.ignored is not None:
             array[array == self.ignored] = 0
-        counts = np.bincount(array.ravel())
-        boxes = {}
-        for value, slices in enumerate(ndimage.find_objects(array), start=1):
-            if slices is not None and counts[value] >= MIN_VOXELS:
-                k, j, i = slices
-                boxes[value] = Box((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
         return TrainingItem(
             name=name, source=self.folder.name, labels=array, images=(_grey_values(image.array_kji),),
-            spacing=labels.spacing, names=self.names, boxes=boxes, licence="", modality="", region="",
+            spacing=labels.spacing, names=self.names, boxes=boxes_of(array), licence="", modality="", region="",
         )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from KA2ERSegment.manifests import seed_of
 from KA2ERSegment.mask_decoder import Decoded
 from KA2ERSegment.model import PatchFeatures, PromptableModel
 from KA2ERSegment.prompt_encoder import PatchPrompts
+from KA2ERSegment.training import losses
 from KA2ERSegment.training.config import read_config
 from KA2ERSegment.training.items import TrainingItem, read_items
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, draw_case, encoded, family_of
@@ -131,15 +132,14 @@ def _session(
     """Dice after each prompt, and which decoder was heard."""
     target = batch["target"]
     prompts = first_prompts(target, batch["box"], batch["outside"], generator)
-    dice, heard = [], []
+    scores, heard = [], []
     for click in range(clicks + 1):
         decoded = decode(features, prompts)
-        mask = decoded.logits > 0
-        dice.append(2 * int((mask & target).sum()) / max(1, int(mask.sum()) + int(target.sum())))
+        scores.append(float(losses.dice(decoded.logits > 0, target)))
         heard.append(0 if decoded.heard is None else int(decoded.heard[0]))
         if click < clicks:
             prompts = next_prompts(prompts, decoded.logits, target, generator)
-    return dice, heard
+    return scores, heard
 
 
 def report(cases: Sequence[Case]) -> dict[str, Any]:

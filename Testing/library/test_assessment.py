@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from KA2ERSegment import assessment
 from KA2ERSegment.assessment import (
     GOAL,
     MOST_CLICKS,
@@ -233,15 +234,18 @@ def test_targets_are_few_of_each_source_and_always_the_same(a_manifest: Path) ->
         targets_to_assess([a_manifest], "test", 1, 2)
 
 
-def test_an_assessment_is_saved_resumed_and_written(a_bundle: Bundle, a_manifest: Path, tmp_path: Path) -> None:
+def test_an_assessment_is_saved_resumed_and_written(
+    a_bundle: Bundle, a_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(assessment, "MOST_CLICKS", 2)
     session, folder = Session(a_bundle), tmp_path / "out"
     done = assess([a_manifest], session, folder, max_objects_per_item=1, max_items_per_source=1)
     assert len(done.objects) == 2
     for entry in done.objects:
         assert [trial.with_box for trial in entry.trials] == [True, False]
         for trial in entry.trials:
-            assert all(0 <= count <= MOST_CLICKS for count in trial.clicks.values())
+            assert all(0 <= count <= 2 for count in trial.clicks.values())
             assert all(look.weights.keys() == {"foundation", "tiny_trunk", "tiny_brain"} for look in trial.looks)
             assert sum(trial.looks[0].weights.values()) == pytest.approx(1, abs=0.02)
     with pytest.raises(KA2ERError, match="no earlier results"):

@@ -79,8 +79,8 @@ def test_samples_are_near_the_object_and_sources_count_the_same(a_bundle: Bundle
     assert samples.sources.count("a/repo") == 2 * samples.sources.count("b/repo") == 8  # box and click, first and last
     assert samples.weights.sum() == pytest.approx(2)
     assert 0.1 < samples.truth.mean() < 0.9
-    again = collect(a_bundle, items, clicks=1)
-    np.testing.assert_array_equal(samples.logits, again.logits)
+    again = collect(a_bundle, items[:1], clicks=1)  # what is drawn of an item does not depend on the others
+    np.testing.assert_array_equal(samples.logits[samples.prediction < again.prediction.max() + 1], again.logits)
     with pytest.raises(KA2ERError, match="items with image and labels"):
         collect(a_bundle, [an_item(image=False)])
 

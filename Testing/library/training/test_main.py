@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 from KA2ERSegment.build import build_model
 from KA2ERSegment.bundle import load_bundle
 from KA2ERSegment.errors import BundleError
+from KA2ERSegment.experts import Content
 from KA2ERSegment.plans import GatePlans
 from KA2ERSegment.testing import tiny_plans
 from KA2ERSegment.training import __main__ as command
@@ -141,7 +142,9 @@ def test_a_run_with_share_alike_data_says_so(a_workplace: Path, a_finished_run: 
     assert "not to be shipped" in card
 
 
-def test_a_bundle_is_calibrated_in_its_place_and_can_be_begun_from(a_workplace: Path, a_finished_run: Path) -> None:
+def test_a_bundle_is_calibrated_in_its_place_and_can_be_begun_from(
+    a_workplace: Path, a_finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = load_bundle(a_finished_run / "bundle")
     result = run(a_workplace, a_workplace / "warm", "--start", str(before.folder), "--stage", "calibration")
     assert result.exit_code == 0, result.output
@@ -149,8 +152,13 @@ def test_a_bundle_is_calibrated_in_its_place_and_can_be_begun_from(a_workplace: 
     assert warm.plans.calibration.keys() <= {"mask", "foundation", "tiny_trunk", "tiny_brain"}
     assert warm.plans.without("calibration") == before.plans
     assert "The items of 1 of these sources" in (warm.folder / "model_card.md").read_text()
-    again = run(a_workplace, a_workplace / "warm", "--start", str(warm.folder), "--stage", "calibration")
-    assert again.exit_code == 0, again.output
+    hot = Content.of(warm)
+    hot = replace(hot, plans=replace(hot.plans, calibration={"mask": 2.0})).save(a_workplace / "hot")
+    begun: list[Path] = []
+    monkeypatch.setattr(command, "train_amalgamation", lambda _, start: begun.append(start.folder))
+    further = run(a_workplace, a_workplace / "further", "--start", str(hot.folder), "--stage", "amalgamation")
+    assert further.exit_code == 0, further.output
+    assert begun == [hot.folder]
 
 
 def test_a_run_can_begin_from_a_bundle(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
