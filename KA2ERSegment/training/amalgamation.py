@@ -121,7 +121,8 @@ def draw_arms(batch: int, arms: int, generator: torch.Generator) -> Tensor:
         generator: of the device.
 
     Returns:
-        (batch, arms) bool, at least one true per case; all of them in about half of the cases.
+        (batch, arms) bool, at least one true per case: all of them with probability 0.4, else each with 0.75. With
+        three experts these are all in 59 % of the cases, and the foundation alone in 0.9 %.
     """
     draw = torch.rand(batch, arms + 1, device=generator.device, generator=generator)
     present = draw[:, :arms] < 0.75
