@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,18 +22,15 @@ import torch
 import typer
 from torch import Tensor
 
-from KA2ERSegment.build import build_model, tensors_by_name
-from KA2ERSegment.bundle import Bundle, load_bundle
-from KA2ERSegment.errors import VolumeError
+from KA2ERSegment.build import tensors_by_name
+from KA2ERSegment.bundle import load_bundle
 from KA2ERSegment.experts import Content
 from KA2ERSegment.model import PromptableModel
-from KA2ERSegment.plans import Plans
 from KA2ERSegment.training.config import read_config
-from KA2ERSegment.training.encoded import EncodedCase, encode_cases, together
-from KA2ERSegment.training.items import ItemName, pack, split_held_out
+from KA2ERSegment.training.encoded import EncodedCase, encode_divided, tasks_in_order, together
+from KA2ERSegment.training.items import pack
 from KA2ERSegment.training.losses import dice, shares_inside
 from KA2ERSegment.training.run import describe
-from KA2ERSegment.training.sampling import ClassMap, SamplingOptions
 from KA2ERSegment.training.shares import NO_TASK, share_table
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 from KA2ERSegment.training.variants import VARIANTS, Budget, Variant, train_variant, variant_model, variant_plans
@@ -186,10 +183,10 @@ def ablate(
         typer.echo("all variants are there")
         return
     settings = read_config(config)
-    tasks = _tasks(bundle.plans, settings["tasks"])
+    tasks = tasks_in_order(bundle.plans, settings["tasks"])
     if not any(cache.glob("*.npz")):
         pack([data / name for name in settings["manifests"]], cache, settings["share_alike"])
-    learning, apart = _encoded(bundle, cache, tasks, settings, cases, held_out, gigabytes, seed, device)
+    learning, apart = encode_divided(bundle, cache, tasks, settings, cases, held_out, gigabytes, seed, device)
     table["about"] |= {"cases_found": len(learning), "held_out_found": len(apart)}
     table["about"] |= {"subjects_held_out": len({(case.item.source, case.item.subject) for case in apart})}
     table["about"] |= {"hardware": describe(torch.device(device), 1)}
@@ -219,49 +216,6 @@ def as_markdown(table: Mapping[str, Any]) -> str:
             size, patch, click = line["parameters"] / 1e6, line["seconds_per_patch"], line["seconds_per_click"]
             lines.append(f"| {name} | {size:.2f} | {patch:.3f} | {click:.3f} | {dice} |")
     return "\n".join(lines)
-
-
-def _tasks(plans: Plans, given: dict[str, Any]) -> list[ClassMap]:
-    """The experts' tasks in the order of the model's arms; an expert without one is nobody's own."""
-    nobody = {"items": "(?!)", "classes": {}}
-    return ClassMap.of_config({expert.name: given.get(expert.name, nobody) for expert in plans.experts})
-
-
-def _encoded(
-    bundle: Bundle,
-    cache: Path,
-    tasks: Sequence[ClassMap],
-    settings: dict[str, Any],
-    cases: int,
-    held_out: int,
-    gigabytes: float,
-    seed: int,
-    device: str,
-) -> tuple[list[EncodedCase], list[EncodedCase]]:
-    """Cases to learn from and, of other subjects, some to measure on: real images as they are, where there are any."""
-    plans = bundle.plans.without("gate", "voting", "calibration")
-    plans = replace(plans, amalgamation=replace(plans.amalgamation, enabled=True))
-    model = build_model(plans, bundle.weights()).to(device)
-    paths = {ItemName.read(path): path for path in sorted(cache.glob("*.npz"))}
-    learning, apart = split_held_out(list(paths), 4, least=2)
-    if not apart:
-        message = f"variants are measured on other subjects, got none: no source in {str(cache)!r} has two."
-        raise VolumeError(message)
-    given = {"patch_size": plans.patch_size, "margin": plans.margin, **settings.get("sampling", {})}
-    real = given | {"real_images": 1.0, "lesions": 0.0, "parts": 0.0}
-    share = held_out / (cases + held_out)
-
-    def encode(names: list[ItemName], count: int, drawn: dict[str, Any], part: float, disturbed: bool) -> Any:
-        def progress(done: int, wanted: int) -> None:
-            if done % 16 < 2:
-                typer.echo(f"encoded {done} of {wanted} patches")
-
-        items = [(name, paths[name]) for name in names]
-        options, most = SamplingOptions(**drawn), part * gigabytes * 1e9
-        return encode_cases(model, items, tasks, options, count, seed, most, disturbed, progress)
-
-    measured = encode(apart, held_out, real, share, disturbed=False)
-    return encode(learning, cases, given, 1 - share, disturbed=True), measured
 
 
 def _shown(name: str, steps: int) -> Callable[[int, float], None]:

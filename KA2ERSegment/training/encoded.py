@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 
+from KA2ERSegment.build import build_model
+from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.convolution import QuickConvolution, quick_layout
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.model import PatchFeatures, PromptableModel
+from KA2ERSegment.plans import Plans
 from KA2ERSegment.prompt_encoder import edge_costs
 from KA2ERSegment.training import synthesis
-from KA2ERSegment.training.items import ItemName, TrainingItem
+from KA2ERSegment.training.items import ItemName, TrainingItem, split_held_out
 from KA2ERSegment.training.sampling import ClassMap, SamplingOptions, draw_case, encoded
 
 OF_ONE_ITEM = 2
@@ -195,3 +200,61 @@ def _encoded(
         task=int(batch["task"]),
         real=bool(batch["real"]),
     )
+
+
+def tasks_in_order(plans: Plans, given: dict[str, Any]) -> list[ClassMap]:
+    """The experts' tasks in the order of the model's arms; an expert without one is nobody's own."""
+    nobody = {"items": "(?!)", "classes": {}}
+    return ClassMap.of_config({expert.name: given.get(expert.name, nobody) for expert in plans.experts})
+
+
+def encode_divided(
+    bundle: Bundle,
+    cache: Path,
+    tasks: Sequence[ClassMap],
+    settings: dict[str, Any],
+    cases: int,
+    held_out: int,
+    gigabytes: float,
+    seed: int,
+    device: str,
+) -> tuple[list[EncodedCase], list[EncodedCase]]:
+    """Cases to learn from and, of other subjects, some to measure on: real images as they are, where there are any.
+
+    Args:
+        bundle: whose frozen encoders encode them.
+        cache: folder of packed items.
+        tasks: of the experts, in the order of the model's arms.
+        settings: the config.
+        cases: patches to learn from.
+        held_out: patches to measure on; of each source with two subjects one subject in four.
+        gigabytes: memory for all of them; fewer are drawn where they need more.
+        seed: of what is drawn.
+        device: of the network.
+
+    Raises:
+        VolumeError: there is nobody to hold out.
+    """
+    plans = bundle.plans.without("gate", "voting", "calibration")
+    plans = replace(plans, amalgamation=replace(plans.amalgamation, enabled=True))
+    model = build_model(plans, bundle.weights()).to(device)
+    paths = {ItemName.read(path): path for path in sorted(cache.glob("*.npz"))}
+    learning, apart = split_held_out(list(paths), 4, least=2)
+    if not apart:
+        message = f"what is trained is measured on other subjects, got none: no source in {str(cache)!r} has two."
+        raise VolumeError(message)
+    given = {"patch_size": plans.patch_size, "margin": plans.margin, **settings.get("sampling", {})}
+    real = given | {"real_images": 1.0, "lesions": 0.0, "parts": 0.0}
+    share = held_out / (cases + held_out)
+
+    def encode(names: list[ItemName], count: int, drawn: dict[str, Any], part: float, disturbed: bool) -> Any:
+        def progress(done: int, wanted: int) -> None:
+            if done % 16 < 2:
+                typer.echo(f"encoded {done} of {wanted} patches")
+
+        items = [(name, paths[name]) for name in names]
+        options, most = SamplingOptions(**drawn), part * gigabytes * 1e9
+        return encode_cases(model, items, tasks, options, count, seed, most, disturbed, progress)
+
+    measured = encode(apart, held_out, real, share, disturbed=False)
+    return encode(learning, cases, given, 1 - share, disturbed=True), measured

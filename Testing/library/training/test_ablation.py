@@ -25,7 +25,7 @@ from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.experts import UNHEARD, Content
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.testing import tiny_bundle
-from KA2ERSegment.training import ablation
+from KA2ERSegment.training import encoded as encoded_module
 from KA2ERSegment.training.ablation import ablate, held_out_dice
 from KA2ERSegment.training.encoded import EncodedCase, encode_cases, together
 from KA2ERSegment.training.items import ItemName
@@ -260,7 +260,7 @@ def test_variants_are_measured_on_subjects_of_every_source_that_has_two_and_trai
         drawn.append((rest[5], {name.subject for name, _ in items}))  # whether images are disturbed: for training
         return encode_cases(model, items, *rest)
 
-    monkeypatch.setattr(ablation, "encode_cases", recorded)
+    monkeypatch.setattr(encoded_module, "encode_cases", recorded)
     result = run(a_start, cache, tmp_path / "ablation", "--only", "foundation", "--held-out", "12")
     assert result.exit_code == 0, result.output
     line = json.loads((tmp_path / "ablation" / "ablation.json").read_text())["foundation"]
