@@ -2,13 +2,15 @@
 #
 #   PYTHON   interpreter for a new environment; default: python3, or the newest of python3.10 to python3.13
 #   TORCH    what pip installs as PyTorch, before and apart from everything else
-#   OUTPUT   where `make run` writes
-#   VOLUME   what `make view` begins with; default: a sample
+#   VOLUME   what `make run` begins with, a file or a DICOM folder; default: a sample
+#   PORT     where `make run` listens on this machine; 0: a free one
+#   OUTPUT   where `make demo` writes
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
+PORT ?= 8080
 OUTPUT ?= output
 # The current torch where there is a GPU, else the version that the tests ran with. Which build of it, with CUDA or
 # without, is up to pip's index (see README).
@@ -17,18 +19,19 @@ export PYTHON TORCH
 
 BIN := .venv/bin
 
-.PHONY: help run view test test-view lint check unit format environment environment-test environment-view clean
+.PHONY: help run demo test lint check unit test-view format environment environment-test environment-view \
+    environment-test-view clean
 
 help:  ## these lines
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
-run: environment  ## segment a structure in a real sample volume with the shipped bundle
+run: environment-view  ## segment in a browser, on http://localhost:8080: a sample volume and the shipped bundle; Ctrl+C ends it
+	.venv-viewer/bin/ka2ersegment view $(if $(VOLUME),"$(VOLUME)",--sample) --port $(PORT)
+
+demo: environment  ## segment the sample without a browser; mask and picture go to OUTPUT
 	$(BIN)/ka2ersegment demo --output $(OUTPUT)
 
-view: environment-view  ## segment in a browser: Slicer's views in a page of this machine
-	.venv-viewer/bin/ka2ersegment view $(if $(VOLUME),"$(VOLUME)",--sample)
-
-test: lint check unit  ## linters, type check, import contracts, all tests
+test: lint check unit test-view  ## linters, type check, import contracts, all tests
 
 lint: environment-test  ## ruff format and ruff check
 	$(BIN)/ruff format --check .
@@ -38,30 +41,30 @@ check: environment-test  ## mypy and the import contracts
 	$(BIN)/mypy --strict KA2ERSegment KA2ERViewer
 	$(BIN)/lint-imports
 
-unit: environment-test  ## pytest
-	$(BIN)/python -m pytest
+unit: environment-test  ## pytest, all but the viewer
+	$(BIN)/python -m pytest --ignore Testing/viewer
 
-test-view: environment-view  ## the viewer in a real browser, in its own environment
+test-view: environment-test-view  ## pytest of the viewer, in its own environment and a real browser
 	.venv-viewer/bin/python -m pytest Testing/viewer
 
 format: environment-test  ## format the code and repair what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-environment: .venv/.made-for-run  ## .venv with what `make run` needs
+environment: .venv/.made-for-demo  ## .venv with what `make demo` needs
 
 environment-test: .venv/.made-for-test  ## .venv with what `make test` needs
 
-environment-view: .venv-viewer/.made-for-view  ## .venv-viewer with what `make view` and `make test-view` need
+environment-view: .venv-viewer/.made-for-run  ## .venv-viewer with what `make run` needs
 
-.venv-viewer/.made-for-view: pyproject.toml .ci/environment
-	.ci/environment view
+# After .venv, of which it takes what it can.
+environment-test-view: environment-test .venv-viewer/.made-for-test-view  ## .venv-viewer with what `make test-view` needs
 
-.venv/.made-for-run: pyproject.toml .ci/environment
-	.ci/environment run
+.venv/.made-for-%: pyproject.toml .ci/environment
+	.ci/environment $*
 
-.venv/.made-for-test: pyproject.toml .ci/environment
-	.ci/environment test
+.venv-viewer/.made-for-%: pyproject.toml .ci/environment
+	.ci/environment $*
 
 clean:  ## remove the environment and all caches
 	rm -rf .venv .venv-viewer .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

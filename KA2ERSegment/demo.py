@@ -1,4 +1,4 @@
-"""`ka2ersegment demo`, what `make run` calls: a structure of a real brain MR from a box and a few clicks.
+"""`ka2ersegment demo`, what `make demo` calls: a structure of a real brain MR from a box and a few clicks.
 
 The sample is the MNI152 T1 template with its grey- and white-matter labels, which come inside the package nilearn: a
 real image (the average of 152 people), and nothing is fetched. It is in the training data of the shipped bundle, so

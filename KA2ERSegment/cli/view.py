@@ -55,7 +55,7 @@ def view(
         if missing:
             message = (
                 f"the viewer needs {', '.join(missing)}: pip install 'ka2ersegment[viewer]', in an environment of its "
-                "own if this one has slicer-core 5.12 or newer. In a checkout: make environment-view."
+                "own if this one has slicer-core 5.12 or newer. In a checkout: make run."
             )
             raise KA2ERError(message)
         if engine and (bundle is not None or device is not Device.AUTO):

@@ -15,6 +15,7 @@ import slicer
 
 from KA2ERSegment.errors import KA2ERError, SessionStateError
 from KA2ERViewer.page.cursor import KeyboardCursor
+from KA2ERViewer.page.frames import Frames
 from KA2ERViewer.page.hands import EFFECTS, HandEdits
 from KA2ERViewer.page.scene import ViewerScene
 from KA2ERViewer.page.surfaces import Surfaces
@@ -60,6 +61,7 @@ class Bridge:
         self.state.update(NOTHING_YET)
         for name, action in self.actions().items():
             server.trigger(name)(self._guarded(action))
+        server.trigger("settled")(self.settled)
 
     # -- what the page can ask for -----------------------------------------------------------------------------------
 
@@ -270,6 +272,12 @@ class Bridge:
             except Exception:
                 logger.exception("The page could not follow the logic.")
             await asyncio.sleep(BUSY_INTERVAL if self.logic.busy else IDLE_INTERVAL)
+
+    async def settled(self) -> None:
+        """Returns once nothing is under way and the browser was sent what came of it: for tests and benchmarks."""
+        while self.logic.busy or self._changed or self.surfaces.outdated:
+            await asyncio.sleep(BUSY_INTERVAL)
+        await asyncio.gather(*(frames.drawn() for frames in Frames.every))
 
     def _on_logic(self, event: str) -> None:
         self._changed = True

@@ -12,6 +12,8 @@ from trame_slicer.core import SlicerApp
 from trame_slicer.rca_view import register_rca_factories
 from trame_slicer.views import ViewLayoutDefinition
 
+from KA2ERViewer.page.frames import use_frames
+
 MODULES = {
     "Markups": None,
     "Models": "vtkSlicerModelsLogic",
@@ -50,13 +52,14 @@ class ViewerScene:
         self.logic.SetHomeDirectory(str(folder))
         self.logic.SetShareDirectory("share")
         self._tell_slicer()
+        use_frames()
         register_rca_factories(
             self.app.view_manager,
             server,
             slice_view_ui_f=decorate,
             three_d_view_ui_f=decorate,
             interactive_quality=75,
-            blur_fps=20.0,
+            blur_fps=20.0,  # most pictures in a second of a view that the pointer is not in
         )
         manager = self.app.view_manager
         self.slices = {

@@ -29,8 +29,12 @@ class EngineKeeper:
         self._engine: LocalEngine | None = None
         if not options.engine:
             self._engine = LocalEngine([sys.executable], options.bundle, options.device)
-            self._engine.start()
         self._tell()
+
+    def start(self) -> None:
+        """Start an engine of our own; does not wait for it."""
+        if self._engine is not None:
+            self._engine.start()
 
     async def watch(self) -> None:
         """Start it again whenever it dies."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
+import sys
 import tempfile
+import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +55,7 @@ async def _serve(options: ViewerOptions, folder: Path, say: Callable[[str], None
         tasks = []
         try:
             port = await _listen(runner, options)
+            engine.start()
             sessions.prepare()
             tasks = [asyncio.create_task(engine.watch()), asyncio.create_task(sessions.watch())]
             _tell(options, port, say, open_browser)
@@ -69,7 +73,10 @@ async def _listen(runner: web.AppRunner, options: ViewerOptions) -> int:
     try:
         await site.start()
     except OSError as error:
-        message = f"port {options.port} of {options.host} must be free, it is not ({error.strerror}). Try --port 0."
+        message = (
+            f"port {options.port} of {options.host} must be free to listen on, it is not ({error.strerror}). Is a viewer "
+            "running already? Choose another port with --port (make run PORT=...); 0 takes a free one."
+        )
         raise ViewerError(message) from error
     return int(runner.addresses[0][1])
 
@@ -81,9 +88,19 @@ def _tell(options: ViewerOptions, port: int, say: Callable[[str], None], open_br
     if options.token:
         say("Who opens it is asked for the token.")
     say("Ctrl+C ends it.")
-    if open_browser and options.is_local:
-        with contextlib.suppress(webbrowser.Error):
-            webbrowser.open(address)
+    if open_browser and options.is_local and _has_desktop():
+        # Some browsers return only when their window is closed.
+        threading.Thread(target=_open, args=(address,), daemon=True).start()
+
+
+def _has_desktop() -> bool:
+    """Without one `webbrowser` would start a browser for terminals, in ours."""
+    return not sys.platform.startswith("linux") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _open(address: str) -> None:
+    with contextlib.suppress(webbrowser.Error, OSError):
+        webbrowser.open(address)
 
 
 def _application(options: ViewerOptions, sessions: Sessions, client: ClientSession) -> web.Application:

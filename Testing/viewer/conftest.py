@@ -21,13 +21,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PICTURES = os.environ.get("KA2ERSEGMENT_PICTURES", "")
 """Folder for screenshots of the main states; none are kept without it."""
-PATIENCE = 300
-"""Seconds that anything may take: a machine that trains beside the tests is slow."""
 SHAPE_KJI = (44, 60, 52)
 SPACING = (1.6, 1.4, 2.0)
 BALL = (6.0, -4.0, 8.0)
 """Centre of the bright ball in `a_phantom`, RAS mm: off the middle, so that a swapped axis shows."""
 RADIUS = 17.0
+PATIENCE = 120.0
+"""Seconds that anything may take: the machine may be busy with other things."""
+STILL = """async () => {
+  const painted = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  const late = new Promise((_, fail) => setTimeout(() => fail(new Error("never came to rest")), PATIENCE * 1000));
+  const views = [...document.querySelectorAll(".view")].filter((view) => view.offsetWidth);
+  const pictures = views.map((view) => view.querySelector("img"));
+  const fits = (one) => one?.naturalWidth && Math.abs(one.naturalWidth / devicePixelRatio - one.clientWidth) < 2;
+  const rest = async () => {
+    do {
+      await window.trame.trigger("settled");
+      await painted();
+      await Promise.all(pictures.map((one) => one?.decode().catch(() => {})));
+      await painted();
+    } while (!pictures.every(fits));
+  };
+  await Promise.race([rest(), late]);
+}""".replace("PATIENCE", str(PATIENCE))
+"""The page's process has nothing to do any more, and what it drew last is on the screen."""
 
 
 def chromium() -> str | None:
@@ -82,8 +99,12 @@ def a_browser() -> Iterator[Any]:
     executable = chromium()
     if executable is None:
         pytest.skip("needs Chromium: apt-get install chromium")
+    arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
     with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        try:
+            browser = api.chromium.launch(executable_path=executable, args=arguments, timeout=1000 * PATIENCE)
+        except playwright.Error as error:
+            pytest.skip(f"{executable} does not start: {error.message.splitlines()[0]}")
         yield browser
         browser.close()
 
@@ -96,7 +117,6 @@ class Tab:
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.foreign = page, []
         self._origin = url.rstrip("/")
-        page.set_default_timeout(1000 * PATIENCE)
         page.on("request", self._note)
         page.goto(url)
         self.wait_until_ready()
@@ -107,31 +127,20 @@ class Tab:
 
     def wait_until_ready(self) -> None:
         """A volume is shown, and the engine can be asked."""
-        self.page.wait_for_selector(".volume-name", timeout=1000 * PATIENCE)
-        self.page.wait_for_selector(".engine-ready", timeout=1000 * PATIENCE)
+        self.page.wait_for_selector(".volume-name")
+        self.page.wait_for_selector(".engine-ready")
         self.still()
 
     def still(self) -> None:
-        """Nothing is under way, and views have drawn what came of it."""
-        end = time.monotonic() + PATIENCE
-        time.sleep(0.4)
-        while self.page.locator(".status-text").inner_text() not in ("Ready", "Choose a tool"):
-            assert time.monotonic() < end, f"still busy after {PATIENCE} s"
-            time.sleep(0.1)
-        before = None
-        while before is None or not all(np.array_equal(before[name], now) for name, now in self.pictures().items()):
-            before = self.pictures()
-            time.sleep(0.5)
+        """Nothing is under way, and the screen shows what came of it."""
+        self.page.evaluate(STILL)
 
     def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Wait for what comes by itself, such as the answer to a question."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"did not come true within {seconds:.0f} s"
-            time.sleep(0.2)
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        return {name: self.picture(name) for name in ("Red", "Green", "Yellow")}
+            self.page.wait_for_timeout(50)
 
     def picture(self, view: str) -> np.ndarray:
         """(rows, columns, 3) of what is on the screen."""
@@ -208,6 +217,25 @@ class Tab:
         self.page.keyboard.press(keys)
         self.still()
 
+    def open(self, path: Path | list[Path]) -> None:
+        """Choose files, as with the button, and wait until they are read or refused."""
+        with self.page.expect_response(lambda answer: answer.url.endswith("/open")):
+            with self.page.expect_file_chooser() as chooser:
+                self.page.locator("[data-open=files]").first.click()
+            chooser.value.set_files(path)
+        self.until(lambda: not self.state("reading"))
+        self.still()
+
+    def save(self, kind: str, folder: Path) -> Path:
+        """The file that *Save* gives."""
+        self.page.locator(".save-button").click()
+        with self.page.expect_download() as download:
+            self.page.locator(f'[data-save="{kind}"]').click()
+        path = folder / download.value.suggested_filename
+        download.value.save_as(path)
+        self.page.keyboard.press("Escape")
+        return path
+
     def keep(self, name: str) -> None:
         """A screenshot for the documentation."""
         if PICTURES:
@@ -235,6 +263,7 @@ def _opener(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
             **{"viewport": {"width": 1280, "height": 720}, "accept_downloads": True, **more}
         )
         contexts.append(context)
+        context.set_default_timeout(1000 * PATIENCE)
         return Tab(context.new_page(), url or a_viewer.url)
 
     yield opened

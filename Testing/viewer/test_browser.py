@@ -102,7 +102,7 @@ def test_saved_files_read_back_with_the_segment_where_the_ball_is(a_tab: Any, tm
 
     a_tab.click("Red", a_tab.BALL)
     labels, segmentation, prompts, scene = (
-        _save(a_tab, kind, tmp_path) for kind in ("nii.gz", "seg.nrrd", "json", "mrb")
+        a_tab.save(kind, tmp_path) for kind in ("nii.gz", "seg.nrrd", "json", "mrb")
     )
 
     image = nibabel.load(labels)
@@ -148,7 +148,7 @@ def test_file_that_is_no_volume_gets_a_readable_message(a_tab: Any, tmp_path: Pa
     wrong = tmp_path / "letter.nii.gz"
     wrong.write_text("Dear doctor")
 
-    _open(a_tab, wrong)
+    a_tab.open(wrong)
 
     text = a_tab.page.locator(".message.error").inner_text()
     assert "'letter.nii.gz'" in text
@@ -161,7 +161,7 @@ def test_volume_can_be_opened_in_the_page(a_tab: Any, a_phantom: Path, tmp_path:
     path.write_bytes(a_phantom.read_bytes())
     a_tab.click("Red", a_tab.BALL)
 
-    _open(a_tab, path)
+    a_tab.open(path)
     a_tab.page.wait_for_function("document.querySelector('.volume-name').innerText === 'another one'")
     a_tab.still()
 
@@ -171,7 +171,7 @@ def test_volume_can_be_opened_in_the_page(a_tab: Any, a_phantom: Path, tmp_path:
 
 
 def test_zip_of_dicom_files_is_opened_as_one_volume(a_tab: Any, tmp_path: Path) -> None:
-    _open(a_tab, _dicom_zip(tmp_path))
+    a_tab.open(_dicom_zip(tmp_path))
 
     a_tab.page.wait_for_function("document.querySelector('.volume-name').innerText.includes('Slices')")
     a_tab.still()
@@ -264,20 +264,3 @@ def _dicom_zip(folder: Path) -> Path:
             pydicom.dcmwrite(target, data, enforce_file_format=True)
             packed.write(target, f"series/{n}.dcm")
     return path
-
-
-def _save(tab: Any, kind: str, folder: Path) -> Path:
-    tab.page.locator(".save-button").click()
-    with tab.page.expect_download() as download:
-        tab.page.locator(f'[data-save="{kind}"]').click()
-    path = folder / download.value.suggested_filename
-    download.value.save_as(path)
-    tab.page.keyboard.press("Escape")
-    return path
-
-
-def _open(tab: Any, path: Path) -> None:
-    with tab.page.expect_file_chooser() as chooser:
-        tab.page.locator("[data-open=files]").first.click()
-    chooser.value.set_files(path)
-    tab.page.wait_for_timeout(1500)
