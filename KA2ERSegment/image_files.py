@@ -85,6 +85,15 @@ def read_image(path: str | os.PathLike[str]) -> tuple[AnyArray, FloatArray, str]
     return array, ijk_to_ras, path.name[: -len(extension)]
 
 
+def series_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Files of the one DICOM series that `read_image` reads from a folder.
+
+    Raises:
+        VolumeError: see `read_image`.
+    """
+    return _only_series(Path(folder))[0]
+
+
 def _read_nifti(path: Path) -> tuple[AnyArray, FloatArray]:
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError

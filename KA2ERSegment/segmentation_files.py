@@ -3,6 +3,7 @@
 | ends in            | holds                                                       | overlapping objects |
 |--------------------|-------------------------------------------------------------|---------------------|
 | .seg.nrrd          | a Slicer segmentation: names, colours, any number of layers | layers              |
+| .seg.dcm           | DICOM SEG beside the series of the image: names, codes      | overlap             |
 | .nii.gz .nii       | label map: the first object is 1, the second 2, ...         | refused             |
 | .nrrd .mha         | the same                                                    | refused             |
 
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from KA2ERSegment.dicom_segmentation import Structure, segmentation_object
 from KA2ERSegment.errors import VolumeError
 from KA2ERSegment.geometry import BoolArray, Box, FloatArray
 from KA2ERSegment.image_files import LPS_FLIP, read_image, simple_itk
@@ -33,7 +35,7 @@ from KA2ERSegment.volume import Volume
 
 Colour = tuple[float, float, float]
 
-_FORMATS = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha")
+_FORMATS = (".seg.nrrd", ".seg.dcm", ".nii.gz", ".nii", ".nrrd", ".mha")
 # Level 1 of 9: label maps shrink a hundredfold with any, and level 9 takes ten times as long.
 _COMPRESSION = 1
 
@@ -62,16 +64,20 @@ def write_segmentation(
     volume: Volume,
     *,
     colours: Mapping[str, Colour] | None = None,
+    headers: Sequence[Any] = (),
+    structures: Mapping[str, Structure] | None = None,
     force: bool = False,
 ) -> None:
-    """Write named masks as a label map or as a Slicer segmentation; the extension decides.
+    """Write named masks as a label map, a Slicer segmentation or a DICOM SEG; the extension decides.
 
     Args:
-        path: ends in `.seg.nrrd`, `.nii.gz`, `.nii`, `.nrrd` or `.mha`.
+        path: ends in `.seg.nrrd`, `.seg.dcm`, `.nii.gz`, `.nii`, `.nrrd` or `.mha`.
         masks: object name -> (K, J, I) bool on the grid of `volume`. The n-th object gets label value n. Masks may
-            overlap in `.seg.nrrd` only; a mask may be empty.
+            overlap in `.seg.nrrd` and `.seg.dcm` only; a mask may be empty.
         volume: whose grid and affine the file gets.
-        colours: object name -> red, green, blue in 0..1, for `.seg.nrrd`; objects without one get one.
+        colours: object name -> red, green, blue in 0..1, for `.seg.nrrd` and `.seg.dcm`; objects without one get one.
+        headers: of the DICOM series that the volume is from (`dicom_segmentation.series_headers`), for `.seg.dcm`.
+        structures: object name -> what it is, for `.seg.dcm`; objects without one are coded by their names.
         force: replace an existing file.
 
     Raises:
@@ -85,6 +91,11 @@ def write_segmentation(
     layers, layer_of = _stack(masks, volume)
     if extension == ".seg.nrrd":
         content = _seg_nrrd(layers, layer_of, volume, colours or {})
+        with _replacing([path], extension) as (temporary,):
+            temporary.write_bytes(content)
+        return
+    if extension == ".seg.dcm":
+        content = _seg_dcm(layers, layer_of, volume, colours or {}, headers, structures or {})
         with _replacing([path], extension) as (temporary,):
             temporary.write_bytes(content)
         return
@@ -294,6 +305,28 @@ def _seg_nrrd(
         stored = name.replace("\\", "\\\\")
         header = header.replace(f"{line}object {n + 1}\n".encode(), f"{line}{stored}\n".encode())
     return header + blank + voxels
+
+
+def _seg_dcm(
+    layers: list[npt.NDArray[Any]],
+    layer_of: dict[str, int],
+    volume: Volume,
+    colours: Mapping[str, Colour],
+    headers: Sequence[Any],
+    structures: Mapping[str, Structure],
+) -> bytes:
+    """The content of a DICOM SEG file."""
+    if not headers:
+        message = (
+            f"a DICOM SEG belongs to a DICOM series, volume {volume.name!r} is from none. Write a .seg.nrrd, or "
+            "segment the folder that holds the series."
+        )
+        raise VolumeError(message)
+    all_colours = {name: colours.get(name, _colour(value)) for value, name in enumerate(layer_of, start=1)}
+    stream = io.BytesIO()
+    made = segmentation_object(layers, layer_of, volume, headers, all_colours, structures)
+    made.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
 
 
 def _reference_geometry(ijk_to_ras: FloatArray, extent: list[int]) -> dict[str, str]:

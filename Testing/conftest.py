@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -81,6 +84,52 @@ def any_volume(request: pytest.FixtureRequest, an_array: np.ndarray) -> Volume:
 def a_mask(a_volume: Volume) -> np.ndarray:
     """(K, J, I) bool: the ellipsoid of the synthetic volumes, on the grid of each of them."""
     return ellipsoid(a_volume.shape_kji)
+
+
+@pytest.fixture
+def write_series() -> Callable[..., list[Path]]:
+    """Writes a CT series, one file a slice: (folder, (K, J, I) int16, 4x4 to RAS mm, further header fields)."""
+    return dicom_series
+
+
+def dicom_series(folder: Path, array_kji: np.ndarray, ijk_to_ras: np.ndarray, **fields: object) -> list[Path]:
+    """Files of the slices, in the order of K; their names are in another order."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ijk_to_ras
+    across, down = np.linalg.norm(lps[:3, :2], axis=0)
+    series, frame, study = (generate_uid() for _ in range(3))
+    folder.mkdir(exist_ok=True)
+    files = []
+    for k, voxels in enumerate(array_kji):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        data.Modality, data.SeriesDescription, data.PatientName, data.PatientID = "CT", "Slices", "Nobody", "0"
+        data.PatientBirthDate = data.PatientSex = data.StudyDate = data.StudyTime = data.StudyID = ""
+        data.AccessionNumber = data.ReferringPhysicianName = ""
+        data.SeriesInstanceUID, data.FrameOfReferenceUID, data.StudyInstanceUID = series, frame, study
+        data.InstanceNumber, data.SeriesNumber, data.AcquisitionNumber = k + 1, 3, 1
+        data.ImagePositionPatient = [f"{x:.10g}" for x in lps[:3, 3] + k * lps[:3, 2]]
+        axes = [*(lps[:3, 0] / across), *(lps[:3, 1] / down)]
+        data.ImageOrientationPatient = [f"{x:.10f}" for x in axes]
+        data.PixelSpacing = [f"{down:.10g}", f"{across:.10g}"]
+        data.SliceThickness = f"{np.linalg.norm(lps[:3, 2]):.10g}"
+        data.Rows, data.Columns = voxels.shape
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit, data.PixelRepresentation = 15, 1
+        data.RescaleSlope, data.RescaleIntercept = 1, 0
+        data.PixelData = np.ascontiguousarray(voxels, np.int16).tobytes()
+        for name, value in fields.items():
+            setattr(data, name, value)
+        files.append(folder / f"{(7 * k) % 101:03d}.dcm")
+        pydicom.dcmwrite(files[-1], data, enforce_file_format=True)
+    return files
 
 
 def synthetic_array(shape_kji: tuple[int, int, int] = SHAPE_KJI, seed: int = 0) -> np.ndarray:

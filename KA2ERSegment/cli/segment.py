@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from KA2ERSegment.prompts import Prompt
     from KA2ERSegment.volume import Volume
 
-FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
+FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".seg.dcm", ".nrrd", ".mha")
 
 
 def segment(
     image: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MHA file, or a folder with one DICOM series.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Mask file: .nii.gz, .nrrd, .mha or .seg.nrrd.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Mask file: .nii.gz, .nrrd, .mha, .seg.nrrd or .seg.dcm.")
+    ],
     object_name: Annotated[
         str | None, typer.Option("--object", help="Name of the object that the box and points are for.")
     ] = None,
@@ -74,6 +76,7 @@ def segment(
         if not os.access(output.parent, os.W_OK):
             message = f"the folder of output {str(output)!r} must be writable. Choose another one."
             raise KA2ERError(message)
+        headers = _headers_for(output, image)
         if confidence is not None:
             _check_confidence_folder(confidence, force=force)
         with run.step("Starting"):
@@ -94,7 +97,7 @@ def segment(
         with run.step("Writing"):
             if confidence is not None:
                 write_confidence(confidence, done.maps, volume, force=force)
-            write_segmentation(output, done.masks, volume, force=force)
+            write_segmentation(output, done.masks, volume, headers=headers, force=force)
         voxel_ml = float(volume.spacing[0] * volume.spacing[1] * volume.spacing[2]) / 1000
         counts = {name: int(mask.sum()) for name, mask in done.masks.items()}
         run.result(
@@ -113,6 +116,19 @@ def segment(
         run.say(f"expected quality (Dice) {done.quality:.2f}, {seconds:.1f} s, written to {output}")
         if not any(counts.values()):
             run.warn("the mask is empty: add a positive point inside the object.")
+
+
+def _headers_for(output: Path, image: Path) -> list[Any]:
+    """Of the slices that a DICOM SEG refers to; none for other outputs."""
+    if not output.name.lower().endswith(".seg.dcm"):
+        return []
+    if not image.is_dir():
+        message = f"a .seg.dcm belongs to a DICOM series: the image must be its folder, got {str(image)!r}."
+        raise KA2ERError(message)
+    from KA2ERSegment.dicom_segmentation import series_headers
+    from KA2ERSegment.image_files import series_files
+
+    return series_headers(series_files(image))
 
 
 def _numbers(text: str, count: int, option: str, *, whole: bool) -> tuple[float, ...]:

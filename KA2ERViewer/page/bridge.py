@@ -274,8 +274,9 @@ class Bridge:
             await asyncio.sleep(BUSY_INTERVAL if self.logic.busy else IDLE_INTERVAL)
 
     async def settled(self) -> None:
-        """Returns once nothing is under way and the browser was sent what came of it: for tests and benchmarks."""
-        while self.logic.busy or self._changed or self.surfaces.outdated:
+        """Returns once nothing is under way or shown for a moment only, and the browser has what came of it."""
+        logic = self.logic
+        while not logic.isIdle or logic.outlinesChange or self._changed or self.surfaces.outdated:
             await asyncio.sleep(BUSY_INTERVAL)
         await asyncio.gather(*(frames.drawn() for frames in Frames.every))
 

@@ -74,8 +74,8 @@ async def _listen(runner: web.AppRunner, options: ViewerOptions) -> int:
         await site.start()
     except OSError as error:
         message = (
-            f"port {options.port} of {options.host} must be free to listen on, it is not ({error.strerror}). Is a viewer "
-            "running already? Choose another port with --port (make run PORT=...); 0 takes a free one."
+            f"port {options.port} of {options.host} must be free, it is not ({error.strerror}). Is a "
+            "viewer running already? Choose another port with --port (make run PORT=...); 0 takes a free one."
         )
         raise ViewerError(message) from error
     return int(runner.addresses[0][1])

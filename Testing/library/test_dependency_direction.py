@@ -40,7 +40,7 @@ def test_every_module_loads_without_slicer_vtk_and_qt() -> None:
 
 
 def test_library_loads_without_the_extras() -> None:
-    extras = {"matplotlib", "nilearn", "lightning", "tensorboard"}
+    extras = {"matplotlib", "nilearn", "lightning", "tensorboard", "highdicom", "pydicom"}
     modules = [name for name in MODULES if not name.startswith("KA2ERSegment.training.")]
 
     _import_all_without(extras, modules)

@@ -35,6 +35,7 @@ STILL = """async () => {
   const pictures = views.map((view) => view.querySelector("img"));
   const fits = (one) => one?.naturalWidth && Math.abs(one.naturalWidth / devicePixelRatio - one.clientWidth) < 2;
   const rest = async () => {
+    await new Promise((done) => setTimeout(done, 50)); // views send what the mouse did up to 10 ms later
     do {
       await window.trame.trigger("settled");
       await painted();

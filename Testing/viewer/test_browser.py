@@ -64,10 +64,11 @@ def test_box_and_lasso_each_make_a_segment(a_tab: Any) -> None:
 
     a_tab.press("x")
     a_tab.drag("Red", [corners[0], corners[2]])
-    assert a_tab.colored("Green").sum() > 200
+    a_tab.until(lambda: a_tab.state("prompt_count") == 1 and a_tab.colored("Green").sum() > 200)
     a_tab.press("e")
     a_tab.press("l")
     a_tab.drag("Red", [*corners, corners[0]])
+    a_tab.until(lambda: a_tab.state("prompt_count") == 1 and len(a_tab.state("segments")) == 2)
 
     assert a_tab.page.locator(".segments li").count() == 2
     assert a_tab.page.locator(".message.error").count() == 0
@@ -181,20 +182,20 @@ def test_zip_of_dicom_files_is_opened_as_one_volume(a_tab: Any, tmp_path: Path) 
 
 def test_brush_paints_undo_takes_it_back_and_the_eraser_removes(a_tab: Any) -> None:
     r, a, s = a_tab.BALL
+    stroke = [(r - 12, a + 30, s), (r + 12, a + 30, s)]
     before = a_tab.colored("Red").sum()
 
     a_tab.press("b")
-    a_tab.drag("Red", [(r - 12, a + 30, s), (r + 12, a + 30, s)])
-    painted = a_tab.colored("Red").sum()
+    a_tab.drag("Red", stroke)
+    a_tab.until(lambda: a_tab.colored("Red").sum() > before + 300)
     a_tab.press("Control+z")
-    undone = a_tab.colored("Red").sum()
+    a_tab.until(lambda: a_tab.colored("Red").sum() < before + 150)
     a_tab.press("Control+y")
+    a_tab.until(lambda: a_tab.colored("Red").sum() > before + 300)
+    painted = a_tab.colored("Red").sum()
     a_tab.press("d")
-    a_tab.drag("Red", [(r - 12, a + 30, s), (r + 12, a + 30, s)])
-
-    assert painted > before + 300
-    assert undone < before + 150
-    assert a_tab.colored("Red").sum() < painted - 300
+    a_tab.drag("Red", stroke)
+    a_tab.until(lambda: a_tab.colored("Red").sum() < painted - 300)
 
 
 def test_cancelled_prediction_leaves_nothing_and_the_page_goes_on(a_tab: Any) -> None:

@@ -35,6 +35,10 @@ class Outline:
         self._until = 0.0
         self.enabled = True
 
+    @property
+    def isShown(self) -> bool:
+        return self._node is not None
+
     def show(self, segmentation: Any, volumeNode: Any, data: VolumeData, box: Box, changed: BoolArray) -> None:
         """Outline voxels of a box of the volume."""
         tight = Box.around(changed)

@@ -533,6 +533,11 @@ class PromptLogic:
         return self._engine.isIdle and not self._markersChanged and not self._segmentsChanged
 
     @property
+    def outlinesChange(self) -> bool:
+        """Whether what the latest prompt changed is outlined in the views just now."""
+        return self._outline.isShown
+
+    @property
     def elapsedSeconds(self) -> float:
         return self._engine.elapsedSeconds
 
