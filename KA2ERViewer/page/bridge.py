@@ -452,6 +452,7 @@ KEYS = {**DEFAULT_KEYS, "brush": "B", "eraser": "D", WINDOW: "W", "lock": "K"}
 NOTHING_YET: dict[str, Any] = {
     "has_volume": False,
     "volume_name": "",
+    "from_dicom": False,
     "tool": "none",
     "positive": True,
     "radius": 3.0,

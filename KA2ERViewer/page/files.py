@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import slicer
+import vtk
 from aiohttp import web
 from trame_slicer.core.volumes_reader import VolumesReader
 
+from KA2ERSegment.dicom_segmentation import TISSUE, Code, Structure, series_headers
 from KA2ERSegment.errors import KA2ERError, SessionStateError, VolumeError
 from KA2ERSegment.segmentation_files import write_segmentation
 from KA2ERSegment.volume import Volume
@@ -45,6 +47,8 @@ class Files:
         self._around, self._bridge, self._limits = around, bridge, limits
         self._uploads, self._results = folder / "uploads", folder / "results"
         self._batches: dict[str, list[tuple[Path, str]]] = {}
+        self._headers: list[Any] = []
+        """Of the slices of the volume that is open, where they were DICOM: a DICOM SEG refers to them."""
 
     def routes(self) -> list[web.RouteDef]:
         """What the page asks for beside trame's own."""
@@ -125,13 +129,13 @@ class Files:
                 by_kind.setdefault(kind or "", []).append((path, name))
         by_kind.pop("zip", None)
         plain = [(kind, *one) for kind in by_kind if kind not in ("", "dicom") for one in by_kind[kind]]
-        notice = ""
+        notice, headers = "", []
         if plain:
             (kind, path, name), *others = plain
             node = self._plain(path, kind, name)
             notice = f"{len(others)} more files were left out: one volume at a time." if others else ""
         elif "dicom" in by_kind:
-            node, notice = self._dicom([path for path, _ in by_kind["dicom"]])
+            node, headers, notice = self._dicom([path for path, _ in by_kind["dicom"]])
         else:
             names = ", ".join(sorted({name for _, name in files})[:3])
             message = f"a volume must be {READABLE}; {names!r} is none of them. Choose another file."
@@ -140,6 +144,7 @@ class Files:
         apply(node, "Automatic")
         self._bridge.show_volume(node)
         self._bridge.notice(notice)
+        self._headers, self._bridge.state.from_dicom = headers, bool(headers)
 
     def _plain(self, path: Path, kind: str, name: str) -> Any:
         check_volume(path, kind, self._limits)
@@ -156,18 +161,19 @@ class Files:
         node.SetName(_stem(name))
         return self._without_file(node)
 
-    def _dicom(self, paths: list[Path]) -> tuple[Any, str]:
+    def _dicom(self, paths: list[Path]) -> tuple[Any, list[Any], str]:
         series = sorted(VolumesReader.split_volumes([str(path) for path in paths]), key=len, reverse=True)
         if not series or not series[0]:
             message = "none of the DICOM files has an image that can be read. Choose a CT or MR series."
             raise VolumeError(message)
         try:
             node = VolumesReader.load_single_dcm_volume(self._around.scene, series[0])
+            headers = series_headers(series[0])
         except Exception as error:
             message = "the DICOM series could not be read. Convert it to NIfTI first, or choose another one."
             raise VolumeError(message) from error
         rest = len(series) - 1
-        return self._without_file(node), f"The largest of {rest + 1} series was opened." if rest else ""
+        return self._without_file(node), headers, f"The largest of {rest + 1} series was opened." if rest else ""
 
     def _without_file(self, node: Any) -> Any:
         """Its file is removed in a moment: a scene that is saved must have the voxels themselves."""
@@ -182,6 +188,7 @@ class Files:
         kind = request.match_info["kind"]
         writers: dict[str, Callable[[Path], None]] = {
             "seg.nrrd": self._write_segmentation,
+            "seg.dcm": self._write_labels,
             "nii.gz": self._write_labels,
             "json": self._write_prompts,
             "mrb": self._write_scene,
@@ -221,13 +228,18 @@ class Files:
 
     def _write_labels(self, path: Path) -> None:
         node, volume_node = self._segmentation(), self._bridge.logic.volumeNode
-        masks = {}
+        masks, colours, structures = {}, {}, {}
         for segment in segmentIds(node):
-            name = node.GetSegmentation().GetSegment(segment).GetName()
+            known = node.GetSegmentation().GetSegment(segment)
+            name = known.GetName()
+            colours[name] = known.GetColor()
+            if (structure := _structure(known)) is not None:
+                structures[name] = structure
             array = slicer.util.arrayFromSegmentBinaryLabelmap(node, segment, volume_node)
             masks[name] = np.zeros(volumeData(volume_node).grid.shape_kji, bool) if array is None else array > 0
         data = volumeData(volume_node)
-        write_segmentation(path, masks, Volume(data.array, ijkToRas(volume_node), "volume"))
+        volume = Volume(data.array, ijkToRas(volume_node), "volume")
+        write_segmentation(path, masks, volume, colours=colours, headers=self._headers, structures=structures)
 
     def _write_prompts(self, path: Path) -> None:
         node, journal = self._segmentation(), self._bridge.logic.journal()
@@ -262,6 +274,22 @@ def _with_names(journal: dict[str, Any], names: dict[str, str]) -> dict[str, Any
         "selected": names.get(journal["selected"], journal["selected"]),
         "steps": [{**step, "object": names.get(step["object"], step["object"])} for step in journal["steps"]],
     }
+
+
+def _structure(segment: Any) -> Structure | None:
+    """What a segment is by its terminology; None where it was only given Slicer's own first one, tissue."""
+    held = vtk.mutable("")
+    if not segment.GetTag(segment.GetTerminologyEntryTagName(), held):
+        return None
+    parts = str(held).split("~")
+    if len(parts) < 4:
+        return None
+    codes = []
+    for part in parts[1:4]:
+        scheme, value, meaning = (*part.split("^"), "", "", "")[:3]
+        codes.append(Code(value, scheme, meaning) if scheme and value and meaning else None)
+    category, kind, modifier = codes
+    return None if category is None or kind is None or kind == TISSUE else Structure(category, kind, modifier)
 
 
 def _stem(name: str) -> str:

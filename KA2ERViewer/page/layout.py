@@ -24,6 +24,7 @@ TOOLS = {
 }
 SAVES = {
     "seg.nrrd": ("Segmentation", ".seg.nrrd, for 3D Slicer: names, colours, overlaps"),
+    "seg.dcm": ("DICOM segmentation", ".seg.dcm, for archives: names, codes, the study of the series"),
     "nii.gz": ("Label map", ".nii.gz: the first segment is 1, the second 2"),
     "json": ("Prompts", ".json: every click, to be replayed"),
     "mrb": ("Scene", ".mrb: volume, segments and prompts, opens in 3D Slicer"),

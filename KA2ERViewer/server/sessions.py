@@ -19,7 +19,7 @@ logger = logging.getLogger("KA2ERViewer")
 
 PACKAGES = Path(__file__).resolve().parents[2]
 """Where our packages are: the process of a page runs the same ones."""
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds that a page may take to start."""
 
 

@@ -234,7 +234,9 @@ def test_colours_outside_0_to_1_are_refused(tmp_path, colour):
 
 @pytest.mark.parametrize("name", ["a.png", "a", "a.nii.zip", "a.nhdr", "a.mhd"])
 def test_an_unknown_extension_is_refused_before_anything_is_written(tmp_path, name):
-    with pytest.raises(VolumeError, match=r"must end in one of \.seg\.nrrd, \.nii\.gz, \.nii, \.nrrd, \.mha"):
+    with pytest.raises(
+        VolumeError, match=r"must end in one of \.seg\.nrrd, \.seg\.dcm, \.nii\.gz, \.nii, \.nrrd, \.mha"
+    ):
         write_segmentation(tmp_path / name, some_masks(), an_oblique_volume())
     assert not list(tmp_path.iterdir())
 

@@ -26,7 +26,7 @@ SPACING = (1.6, 1.4, 2.0)
 BALL = (6.0, -4.0, 8.0)
 """Centre of the bright ball in `a_phantom`, RAS mm: off the middle, so that a swapped axis shows."""
 RADIUS = 17.0
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds that anything may take: the machine may be busy with other things."""
 STILL = """async () => {
   const painted = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
