@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import slicer
+import vtk
 from trame_slicer.core import SlicerApp
 from trame_slicer.rca_view import register_rca_factories
 from trame_slicer.views import ViewLayoutDefinition
@@ -62,12 +63,15 @@ class ViewerScene:
             blur_fps=20.0,  # most pictures in a second of a view that the pointer is not in
         )
         manager = self.app.view_manager
+        # slicer-core 5.11 observes an event of which VTK 9.6 warns that it goes, once for each view.
+        vtk.vtkObject.GlobalWarningDisplayOff()
         self.slices = {
             name: manager.create_view(ViewLayoutDefinition.slice_view(orientation, label=name, color=COLORS[name]))
             for name, orientation in SLICES.items()
         }
         self.solid = manager.create_view(ViewLayoutDefinition.threed_view(background_color=DEEP))
         self.views = {**self.slices, "ThreeD": self.solid}
+        vtk.vtkObject.GlobalWarningDisplayOn()
         manager.set_current_view_ids([view.get_singleton_tag() for view in self.views.values()])
         self.solid.set_orientation_marker(slicer.vtkMRMLAbstractViewNode.OrientationMarkerTypeAxes, 2)
         for view in self.slices.values():

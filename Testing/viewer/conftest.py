@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +73,64 @@ def a_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Viewer:
     """A viewer that runs in a process of its own."""
 
-    url: str
     process: subprocess.Popen[str]
+    token: str = ""
+
+    @cached_property
+    def url(self) -> str:
+        """What it prints first."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert "http://" in line, f"the viewer said {line!r} and not where it is"
+        return line.split()[-1]
+
+    def end(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+
+
+def start_viewer(*arguments: str, token: str = "", **variables: str) -> Viewer:
+    """`ka2ersegment view` on a free port of this machine."""
+    pytest.importorskip("trame_slicer", reason="needs the viewer's environment: make test-view")
+    command = [sys.executable, "-m", "KA2ERSegment.cli", "view", *arguments, "--no-browser", "--device", "cpu"]
+    if "--port" not in arguments:
+        command += ["--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KA2ERSEGMENT_VIEWER_TOKEN": token, **variables}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    return Viewer(process, token)
 
 
 @pytest.fixture(scope="session")
 def a_viewer(a_phantom: Path) -> Iterator[Viewer]:
     """Started by the command line, with the shipped bundle."""
-    pytest.importorskip("trame_slicer", reason="needs the viewer's environment: make test-view")
-    command = [sys.executable, "-m", "KA2ERSegment.cli", "view", str(a_phantom), "--port", "0", "--no-browser"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert "http://" in line, f"the viewer said {line!r} and not where it is"
-    yield Viewer(line.split()[-1], process)
-    process.terminate()
-    process.wait(20)
+    viewer = start_viewer(str(a_phantom))
+    yield viewer
+    viewer.end()
+
+
+@pytest.fixture(scope="session")
+def a_guarded_viewer() -> Iterator[Viewer]:
+    """It asks for a token, and begins without a volume."""
+    viewer = start_viewer(token="a long random text")
+    yield viewer
+    viewer.end()
+
+
+@pytest.fixture
+def another_viewer() -> Iterator[Callable[..., Viewer]]:
+    """Starts one for this test alone."""
+    started = []
+
+    def start(*arguments: str, **variables: str) -> Viewer:
+        started.append(start_viewer(*arguments, **variables))
+        return started[-1]
+
+    yield start
+    for viewer in started:
+        viewer.end()
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +153,7 @@ def a_browser() -> Iterator[Any]:
 class Tab:
     """One tab, and what a user does in it."""
 
-    BALL, RADIUS = BALL, RADIUS
+    BALL, RADIUS, PATIENCE = BALL, RADIUS, PATIENCE
 
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.foreign = page, []
@@ -242,6 +282,15 @@ class Tab:
         if PICTURES:
             Path(PICTURES).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=str(Path(PICTURES) / f"{name}.png"))
+
+
+@pytest.fixture
+def a_page(a_browser: Any) -> Iterator[Any]:
+    """An empty page."""
+    context = a_browser.new_context(viewport={"width": 1280, "height": 720})
+    context.set_default_timeout(1000 * PATIENCE)
+    yield context.new_page()
+    context.close()
 
 
 @pytest.fixture

@@ -171,15 +171,6 @@ def test_volume_can_be_opened_in_the_page(a_tab: Any, a_phantom: Path, tmp_path:
     assert a_tab.page.locator(".segments li").count() == 1
 
 
-def test_zip_of_dicom_files_is_opened_as_one_volume(a_tab: Any, tmp_path: Path) -> None:
-    a_tab.open(_dicom_zip(tmp_path))
-
-    a_tab.page.wait_for_function("document.querySelector('.volume-name').innerText.includes('Slices')")
-    a_tab.still()
-    assert a_tab.page.locator(".message").count() == 0
-    assert a_tab.picture("Red").max() > 100
-
-
 def test_brush_paints_undo_takes_it_back_and_the_eraser_removes(a_tab: Any) -> None:
     r, a, s = a_tab.BALL
     stroke = [(r - 12, a + 30, s), (r + 12, a + 30, s)]
@@ -229,39 +220,3 @@ def test_keyboard_reaches_tools_lists_and_sliders(a_tab: Any) -> None:
 
     for part in ("tool", "action-undo", "segment-name", "show-expert", "action-suggest", "slice-slider"):
         assert any(part in each for each in reached), f"Tab never came to {part}: {reached}"
-
-
-def _dicom_zip(folder: Path) -> Path:
-    """Ten CT slices of noise around a bright square."""
-    import zipfile
-
-    import pydicom
-    from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
-    series, frame, study = (generate_uid() for _ in range(3))
-    path = folder / "series.zip"
-    with zipfile.ZipFile(path, "w") as packed:
-        for n in range(10):
-            meta = FileMetaDataset()
-            meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
-            meta.TransferSyntaxUID = ExplicitVRLittleEndian
-            data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-            data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-            data.Modality, data.SeriesDescription, data.PatientName, data.PatientID = "CT", "Slices", "Nobody", "0"
-            data.SeriesInstanceUID, data.FrameOfReferenceUID, data.StudyInstanceUID = series, frame, study
-            data.InstanceNumber, data.SeriesNumber, data.AcquisitionNumber = n + 1, 1, 1
-            data.ImagePositionPatient, data.ImageOrientationPatient = [-30, -30, 3.0 * n], [1, 0, 0, 0, 1, 0]
-            data.PixelSpacing, data.SliceThickness = [1.5, 1.5], 3.0
-            data.Rows = data.Columns = 40
-            data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-            data.BitsAllocated = data.BitsStored = 16
-            data.HighBit, data.PixelRepresentation = 15, 1
-            data.RescaleSlope, data.RescaleIntercept = 1, 0
-            voxels = np.random.default_rng(n).integers(0, 50, (40, 40)).astype(np.int16)
-            voxels[12:28, 12:28] = 300
-            data.PixelData = voxels.tobytes()
-            target = folder / f"{n}.dcm"
-            pydicom.dcmwrite(target, data, enforce_file_format=True)
-            packed.write(target, f"series/{n}.dcm")
-    return path

@@ -2,6 +2,11 @@
 "use strict";
 const ask = (name, ...values) => window.trame?.trigger(name, values);
 
+// Where the socket is: without being told, trame first asks for a launcher, which is not there. It removes this again.
+const told = new URL(location.href);
+told.searchParams.set("sessionURL", new URL("ws", location.href).href.replace(/^http/, "ws"));
+history.replaceState(null, "", told);
+
 // -- files ------------------------------------------------------------------------------------------------------------
 
 function choose(folder) {

@@ -1,0 +1,161 @@
+"""The network between page and server breaks, the page is loaded again, and what is left when the viewer ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+PATIENCE = 300.0
+
+
+class Cable:
+    """A cable between browser and viewer that can be cut and mended."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self._plugged, self._ends = port, True, set()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self._plugged = False
+        for end in list(self._ends):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._plugged = True
+
+    def close(self) -> None:
+        self.cut()
+        self._listening.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listening.accept()
+                if not self._plugged:
+                    near.close()
+                    continue
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._ends |= {near, far}
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while content := source.recv(1 << 16):
+                target.sendall(content)
+        for end in (source, target):
+            self._ends.discard(end)
+            with contextlib.suppress(OSError):
+                end.close()
+
+
+@pytest.fixture
+def a_cable(a_viewer: Any) -> Iterator[Cable]:
+    cable = Cable(int(a_viewer.url.rstrip("/").rsplit(":", 1)[1]))
+    yield cable
+    cable.close()
+
+
+def test_page_says_that_the_connection_is_lost_and_comes_back_with_its_state(
+    a_cable: Cable, open_tab: Callable[..., Any]
+) -> None:
+    tab = open_tab(f"http://localhost:{a_cable.port}/")
+    tab.click("Red", tab.BALL)
+    shown, address = tab.colored("Green"), tab.page.url
+
+    a_cable.cut()
+    tab.page.locator("#lost").wait_for()
+    assert "connection was lost" in tab.page.locator("#lost").inner_text()
+    a_cable.mend()
+
+    tab.page.locator("#lost").wait_for(state="detached")
+    tab.wait_until_ready()
+    assert tab.page.url == address
+    assert tab.page.locator(".segments li").count() == 1
+    assert np.mean(tab.colored("Green") ^ shown) < 0.01
+    assert tab.state("can_undo")
+    tab.press("Control+z")
+    assert not tab.state("can_undo")
+
+
+def test_nothing_is_asked_for_that_is_not_there(a_viewer: Any, a_page: Any) -> None:
+    wrong: list[str] = []
+    a_page.on("response", lambda one: wrong.append(f"{one.status} {one.url}") if one.status >= 400 else None)
+    a_page.on("console", lambda one: wrong.append(one.text) if one.type in ("error", "warning") else None)
+
+    a_page.goto(a_viewer.url)
+    a_page.wait_for_selector(".engine-ready")
+    a_page.wait_for_selector(".volume-name")
+
+    assert wrong == []
+
+
+def test_session_that_is_over_says_so(a_viewer: Any, a_page: Any) -> None:
+    a_page.goto(f"{a_viewer.url}s/nothing-of-that-name/index.html")
+
+    assert "This session is over" in a_page.locator("h1").inner_text()
+    a_page.locator("a").click()
+    a_page.wait_for_selector(".volume-name")
+
+
+def test_ctrl_c_ends_pages_engine_and_files(
+    another_viewer: Callable[..., Any], a_phantom: Path, tmp_path: Path
+) -> None:
+    viewer = another_viewer(str(a_phantom), TMPDIR=str(tmp_path))
+    with urllib.request.urlopen(viewer.url, timeout=PATIENCE) as answer:
+        assert answer.status == 200
+    started = _descendants(viewer.process.pid)
+    assert len(started) >= 2, "the engine and one page at least"
+
+    viewer.process.send_signal(signal.SIGINT)
+
+    assert viewer.process.wait(PATIENCE) == 0
+    _until(lambda: not any(_runs(one) for one in started))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("ka2er")] == []
+
+
+def test_viewer_does_not_start_on_a_port_that_is_taken(another_viewer: Callable[..., Any], a_phantom: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        viewer = another_viewer(str(a_phantom), "--port", str(taken.getsockname()[1]))
+        said, _ = viewer.process.communicate(timeout=PATIENCE)
+
+    assert viewer.process.returncode == 1
+    assert "http://" not in said
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _descendants(parent: int) -> list[int]:
+    """Processes that a process started, and theirs."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    found += [int(folder.name), *_descendants(int(folder.name))]
+    return found
+
+
+def _runs(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
