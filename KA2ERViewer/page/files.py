@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -129,7 +130,8 @@ class Files:
                 by_kind.setdefault(kind or "", []).append((path, name))
         by_kind.pop("zip", None)
         plain = [(kind, *one) for kind in by_kind if kind not in ("", "dicom") for one in by_kind[kind]]
-        notice, headers = "", []
+        notice = ""
+        headers: list[Any] = []
         if plain:
             (kind, path, name), *others = plain
             node = self._plain(path, kind, name)
@@ -168,10 +170,12 @@ class Files:
             raise VolumeError(message)
         try:
             node = VolumesReader.load_single_dcm_volume(self._around.scene, series[0])
-            headers = series_headers(series[0])
         except Exception as error:
             message = "the DICOM series could not be read. Convert it to NIfTI first, or choose another one."
             raise VolumeError(message) from error
+        headers = []
+        with contextlib.suppress(VolumeError):  # without highdicom there is no DICOM SEG, and all else
+            headers = series_headers(series[0])
         rest = len(series) - 1
         return self._without_file(node), headers, f"The largest of {rest + 1} series was opened." if rest else ""
 
