@@ -18,9 +18,9 @@ from conftest import ROOT, Tab, chromium
 
 LARGEST = 300_000
 """Bytes of a picture in the repository."""
-BOX = ((-0.02, -0.16), (0.105, 0.16))
-"""Corners in the axial view, as parts of its width and height from the middle: the sample's left lateral ventricle."""
-CLICKS = ((0.03, -0.09), (0.035, 0.1))
+BOX = ((-0.23, -0.44), (0.23, 0.44))
+"""Corners in the axial view, as parts of its width and height from the middle: the sample's brain."""
+CLICKS = ((-0.08, -0.15), (0.08, 0.2))
 
 
 def main() -> None:
@@ -82,9 +82,11 @@ def segment(tab: Any, given: argparse.Namespace) -> None:
     for n, click in enumerate(CLICKS if not given.volume else ()):
         mouse.click(*at(*click))
         tab.until(lambda n=n: tab.state("prompt_count") == n + 2 and tab.state("can_undo"), 300)
-    tab.page.locator(".show-expert").nth(given.expert).click()
-    tab.until(lambda: tab.state("experts")[given.expert]["shown"])
     mouse.move(2, 2)
+    tab.still()
+    before = tab.picture("Green")
+    tab.page.locator(".show-expert").nth(given.expert).click()
+    tab.until(lambda: abs(tab.picture("Green") - before).mean() > 1, 300)
     tab.still()
 
 
