@@ -33,7 +33,8 @@ class Session:
     """
 
     def __init__(self, options: ViewerOptions, folder: Path, engine: Path) -> None:
-        self.id, self.secret = secrets.token_urlsafe(24), secrets.token_urlsafe(32)
+        # Without capitals: the page's trame client writes the address of its socket in small letters.
+        self.id, self.secret = secrets.token_hex(16), secrets.token_urlsafe(32)
         self._options, self._folder, self._engine = options, folder / self.id, engine
         self._process: asyncio.subprocess.Process | None = None
         self.port = 0

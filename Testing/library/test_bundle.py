@@ -15,7 +15,16 @@ from safetensors.torch import save_file
 
 from KA2ERSegment import bundle as bundle_module
 from KA2ERSegment.build import build_model, tensors_by_name
-from KA2ERSegment.bundle import CARD, CHECKSUMS, PLANS, WEIGHTS, default_bundle_folder, load_bundle, save_bundle
+from KA2ERSegment.bundle import (
+    CARD,
+    CHECKSUMS,
+    PLANS,
+    WEIGHTS,
+    default_bundle_folder,
+    load_bundle,
+    save_bundle,
+    sha256_of,
+)
 from KA2ERSegment.errors import BundleError
 from KA2ERSegment.testing import tiny_bundle, tiny_plans
 
@@ -184,7 +193,7 @@ def test_weights_that_changed_after_the_bundle_was_opened_are_refused(a_folder: 
 def resign(folder: Path, name: str) -> None:
     """What a foreigner can do: change a file and its checksum with it."""
     sums = json.loads((folder / CHECKSUMS).read_text())
-    sums[name] = bundle_module._sha256(folder / name)
+    sums[name] = sha256_of(folder / name)
     (folder / CHECKSUMS).write_text(json.dumps(sums))
 
 

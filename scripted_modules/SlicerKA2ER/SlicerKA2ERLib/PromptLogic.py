@@ -480,6 +480,8 @@ class PromptLogic:
         self._notify("busy")
 
     def _locked(self) -> frozenset[str]:
+        if self.segmentationNode is None:
+            return frozenset()
         return frozenset(one for one in segmentIds(self.segmentationNode) if self._isLocked(one))
 
     def reset(self) -> None:
