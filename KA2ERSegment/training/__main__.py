@@ -29,7 +29,7 @@ from KA2ERSegment.training.config import read_config
 from KA2ERSegment.training.experts import take_over_experts, train_expert
 from KA2ERSegment.training.feeding import AUTO
 from KA2ERSegment.training.gating import train_gate
-from KA2ERSegment.training.items import TrainingItem, load_items, pack, split_held_out
+from KA2ERSegment.training.items import TrainingItem, load_items, pack_where_missing, split_held_out
 from KA2ERSegment.training.pretrained import foundation_weights
 from KA2ERSegment.training.run import ACCELERATORS, BUNDLE, FOUNDATION, Clock, Run, Unfinished, base
 from KA2ERSegment.training.sampling import ClassMap
@@ -146,8 +146,7 @@ def _read(config: Path, cache: Path, with_public: bool) -> tuple[dict[str, Any],
 
 def _items(cache: Path, data: Path, settings: dict[str, Any]) -> list[TrainingItem]:
     """All items of the cache, which is made first where it is missing."""
-    if not any(cache.glob("*.npz")):
-        names = pack([data / name for name in settings["manifests"]], cache, settings["share_alike"])
+    if names := pack_where_missing(cache, data, settings):
         logger.info("packed %d items into %s", len(names), cache)
     return load_items(cache)
 

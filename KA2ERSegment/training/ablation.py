@@ -28,7 +28,7 @@ from KA2ERSegment.experts import Content
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.training.config import read_config
 from KA2ERSegment.training.encoded import EncodedCase, encode_divided, tasks_in_order, together
-from KA2ERSegment.training.items import pack
+from KA2ERSegment.training.items import pack_where_missing
 from KA2ERSegment.training.losses import dice, shares_inside
 from KA2ERSegment.training.run import describe
 from KA2ERSegment.training.shares import NO_TASK, share_table
@@ -184,8 +184,7 @@ def ablate(
         return
     settings = read_config(config)
     tasks = tasks_in_order(bundle.plans, settings["tasks"])
-    if not any(cache.glob("*.npz")):
-        pack([data / name for name in settings["manifests"]], cache, settings["share_alike"])
+    pack_where_missing(cache, data, settings)
     learning, apart = encode_divided(bundle, cache, tasks, settings, cases, held_out, gigabytes, seed, device)
     table["about"] |= {"cases_found": len(learning), "held_out_found": len(apart)}
     table["about"] |= {"subjects_held_out": len({(case.item.source, case.item.subject) for case in apart})}

@@ -208,6 +208,12 @@ def tasks_in_order(plans: Plans, given: dict[str, Any]) -> list[ClassMap]:
     return ClassMap.of_config({expert.name: given.get(expert.name, nobody) for expert in plans.experts})
 
 
+def amalgamation_alone(plans: Plans) -> Plans:
+    """The plans with the amalgamation on, and without what follows on the general decoder."""
+    plans = plans.without("gate", "voting", "calibration")
+    return replace(plans, amalgamation=replace(plans.amalgamation, enabled=True))
+
+
 def encode_divided(
     bundle: Bundle,
     cache: Path,
@@ -235,8 +241,7 @@ def encode_divided(
     Raises:
         VolumeError: there is nobody to hold out.
     """
-    plans = bundle.plans.without("gate", "voting", "calibration")
-    plans = replace(plans, amalgamation=replace(plans.amalgamation, enabled=True))
+    plans = amalgamation_alone(bundle.plans)
     model = build_model(plans, bundle.weights()).to(device)
     paths = {ItemName.read(path): path for path in sorted(cache.glob("*.npz"))}
     learning, apart = split_held_out(list(paths), 4, least=2)

@@ -224,6 +224,22 @@ def pack(manifests: list[Path], output: Path, share_alike: bool) -> list[str]:
     return packed
 
 
+def pack_where_missing(cache: Path, data: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Make the cache of a config's manifests, as `pack` does, unless there are items in it.
+
+    Args:
+        cache: folder of packed items.
+        data: folder that holds the manifests' folders.
+        settings: the config.
+
+    Returns:
+        The ids that were packed; none where the cache was there.
+    """
+    if any(cache.glob("*.npz")):
+        return []
+    return pack([data / name for name in settings["manifests"]], cache, settings["share_alike"])
+
+
 def _pack_item(row: dict[str, str], folder: Path, output: Path) -> None:
     label = Volume.read(folder / row["label"]).canonical()
     images = [Volume.read(folder / name).canonical() for name in row["images"].split(";") if name]

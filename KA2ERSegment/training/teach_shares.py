@@ -33,8 +33,8 @@ from KA2ERSegment.training.ablation import held_out_dice
 from KA2ERSegment.training.calibrate import uncalibrated
 from KA2ERSegment.training.card import with_section
 from KA2ERSegment.training.config import read_config
-from KA2ERSegment.training.encoded import EncodedCase, encode_divided, tasks_in_order, together
-from KA2ERSegment.training.items import pack
+from KA2ERSegment.training.encoded import EncodedCase, amalgamation_alone, encode_divided, tasks_in_order, together
+from KA2ERSegment.training.items import pack_where_missing
 from KA2ERSegment.training.losses import shares_inside
 from KA2ERSegment.training.shares import NO_TASK, ShareTable, share_table
 
@@ -173,9 +173,7 @@ def teach_bundle(
     if content.plans.amalgamation.kind != "hierarchical" or not content.plans.experts:
         message = "shares are taught to a hierarchical amalgamation of experts, and the bundle has none."
         raise BundleError(message)
-    plans = content.plans.without("gate", "voting", "calibration")
-    plans = replace(plans, amalgamation=replace(plans.amalgamation, enabled=True))
-    former = build_model(plans, bundle.weights()).to(device).eval()
+    former = build_model(amalgamation_alone(content.plans), bundle.weights()).to(device).eval()
     model = copy.deepcopy(former)
     teach(model, learning, steps, batch)
     named = [tasks[case.task - 1] if case.task else NO_TASK for case in apart]
@@ -222,8 +220,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     opened, settings = load_bundle(bundle), read_config(config)
     tasks = tasks_in_order(opened.plans, settings["tasks"])
-    if not any(cache.glob("*.npz")):
-        pack([data / name for name in settings["manifests"]], cache, settings["share_alike"])
+    pack_where_missing(cache, data, settings)
     learning, apart = encode_divided(opened, cache, tasks, settings, cases, held_out, gigabytes, seed, device)
     content, taught = teach_bundle(opened, learning, apart, [task.name for task in tasks], steps, batch, device)
     content.save(output, force=True)
