@@ -28,7 +28,7 @@ from KA2ERSegment.volume import Volume
 from KA2ERSegment.zoom import Answer, fits, mask_faces, regrown, trust
 
 OPINIONS = 16
-"""Opinions of single arms that are kept, each as large as a patch."""
+"""Opinions of single arms and decoders that are kept, each as large as a patch."""
 
 
 class Answerer:
@@ -48,7 +48,7 @@ class Answerer:
         self.model, self.plans, self.device, self.canonical = model, plans, device, canonical
         self.features: OrderedDict[tuple[Patch, tuple[str, ...]], PatchFeatures] = OrderedDict()
         self._feature_bytes = feature_bytes
-        self._opinions: OrderedDict[tuple[int, int], tuple[Answer, FloatImage]] = OrderedDict()
+        self._opinions: OrderedDict[tuple[int, int | str], tuple[Answer, FloatImage]] = OrderedDict()
         self._ballots: tuple[Answer, Ballots] | None = None
         self._closed = False
 
@@ -184,7 +184,8 @@ class Answerer:
             logits = keep_in_box(logits, prompts.box[0].numpy(), prompts.positive[0].numpy())
         logits = remove_islands(logits, prompts.positive[0].numpy())
         weights = features.weights[0, self._arms_at(experts)].float().cpu().numpy()
-        return Answer(patch, logits, prompts, experts, weights, *self._heard(decoded))
+        answer = Answer(patch, logits, prompts, experts, weights, *self._heard(decoded))
+        return answer if decoded.votes is None else replace(answer, votes=decoded.votes[0].float().cpu().numpy())
 
     def _heard(self, decoded: Decoded) -> tuple[dict[str, float], dict[str, float]]:
         """Weights of the gate, and the decoders that were heard with their shares."""
@@ -236,20 +237,37 @@ class Answerer:
         """What a `Prediction` calls: the logits of one arm alone; the newest few are kept."""
 
         def opinion(arm: int) -> FloatImage:
-            self._require_open()
-            assert answer.prompts is not None, "an answer without prompts has no arms"
-            key = (id(answer), arm)
-            if key not in self._opinions:
-                with torch.inference_mode():
-                    features = self._features_of(answer.patch, self.model.arms[1:])
-                    prompts, at = _to(answer.prompts, self.device), self._arms_at(answer.experts)[arm]
-                    logits = self.model.opinion(features, prompts, at)[0].cpu().numpy()
-                self._opinions[key] = answer, logits  # as long as the answer is kept, nothing else has its id
-                if len(self._opinions) > OPINIONS:
-                    self._opinions.popitem(last=False)
-            return self._opinions[key][1]
+            def ask(prompts: PatchPrompts) -> Tensor:
+                features = self._features_of(answer.patch, self.model.arms[1:])
+                return self.model.opinion(features, prompts, self._arms_at(answer.experts)[arm])
+
+            return self._opinion(answer, arm, ask)
 
         return opinion
+
+    def decoder_of(self, answer: Answer) -> Callable[[str], FloatImage]:
+        """What a `Prediction` calls: the logits of one mask decoder alone, by its name; the newest few are kept."""
+
+        def opinion(name: str) -> FloatImage:
+            def ask(prompts: PatchPrompts) -> Tensor:
+                return self.model.decoder_opinion(self._features_of(answer.patch, answer.experts), prompts, name)
+
+            return self._opinion(answer, name, ask)
+
+        return opinion
+
+    def _opinion(self, answer: Answer, whose: int | str, ask: Callable[[PatchPrompts], Tensor]) -> FloatImage:
+        """Logits (S, S, S), from the store where it has them."""
+        self._require_open()
+        assert answer.prompts is not None, "an answer without prompts has no experts"
+        key = (id(answer), whose)
+        if key not in self._opinions:
+            with torch.inference_mode():
+                logits = ask(_to(answer.prompts, self.device))[0].cpu().numpy()
+            self._opinions[key] = answer, logits  # as long as the answer is kept, nothing else has its id
+            if len(self._opinions) > OPINIONS:
+                self._opinions.popitem(last=False)
+        return self._opinions[key][1]
 
     def voters_of(self, answer: Answer) -> tuple[str, ...]:
         """Names of the experts that voted on an answer; nobody where a hand drew the mask."""

@@ -27,7 +27,7 @@ from KA2ERSegment.evaluation import dice, drawn_box, next_click
 from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.manifests import Item, LeftOut, Target, read_item, read_manifest, seed_of, targets_of
 from KA2ERSegment.plans import ExpertPlans
-from KA2ERSegment.prediction import FloatImage, Prediction
+from KA2ERSegment.prediction import HEAD, FloatImage, Prediction
 from KA2ERSegment.preprocessing import Patch
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt
 from KA2ERSegment.session import Session
@@ -184,8 +184,8 @@ def look_at(prediction: Prediction, truth: BoolArray, clicks: int, rng: np.rando
         reliability[arm] = Reliability.of(np.where(known, opinion, 0), true)
         weights[arm] = _mean(share[known & true])
     votes = {
-        voter: _mean(_values(prediction.vote_on_patch(voter)[1], prediction.patch, kji[known & true]))
-        for voter in prediction.voters
+        voter: _mean(_values(prediction.opinion_on_patch(name)[1], prediction.patch, kji[known & true]))
+        for voter, name in zip(prediction.voters, prediction.modes.get(HEAD, ()), strict=True)
     }
     wrong = mask[tuple(kji.T)] != true
     disagreement = np.where(known, _values(prediction.disagreement_on_patch(), prediction.patch, kji), 0)

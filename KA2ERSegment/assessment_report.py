@@ -271,7 +271,7 @@ def write_opinions(targets: Sequence[Target], session: Session, path: Path) -> N
     cases = []
     for target in targets:
         prediction, truth = _after(target, session, clicks=0)
-        opinions = prediction.experts.items()
+        opinions = [(arm, prediction.experts[arm]) for arm in prediction.arms]
         maps = {f"{arm}, weight {100 * opinion.mean_weight:.0f} %": opinion.probability for arm, opinion in opinions}
         name = f"{target.item.id}\n{target.name}"
         cases.append(Opinions(name, prediction.canonical, prediction.mask, truth, maps | _disagreement(prediction)))

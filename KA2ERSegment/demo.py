@@ -125,7 +125,8 @@ def run_demo(
     files = [folder / "brain.nii.gz", folder / "brain.seg.nrrd", folder / "brain.png"]
     for path in files[:2]:
         write_segmentation(path, masks, volume, force=True)
-    picture_of_prediction(files[2], volume, prediction.mask, prompts, prediction.experts, truth)
+    arms = {name: prediction.experts[name] for name in prediction.arms}
+    picture_of_prediction(files[2], volume, prediction.mask, prompts, arms, truth)
     i, j, k = inside
     command = (
         f"{_program()} segment YOUR_IMAGE.nii.gz --output mask.nii.gz "

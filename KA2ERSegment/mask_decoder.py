@@ -25,6 +25,7 @@ class Decoded:
         token: (B, width), its mask token after the last block.
         gate: (B, K+1) float32, weights of the general decoder and of each specialist; None without a gate.
         heard: (B,) int64, the specialist that was heard (1..K), 0 for the general decoder alone; None without a gate.
+        votes: (B, E, n, n, n) float32, mean weight of each expert of the voting head in each cell; None without a head.
     """
 
     logits: Tensor
@@ -33,6 +34,7 @@ class Decoded:
     token: Tensor
     gate: Tensor | None = None
     heard: Tensor | None = None
+    votes: Tensor | None = None
 
 
 class TwoWayBlock(nn.Module):

@@ -15,7 +15,7 @@ from KA2ERSegment.cancellation import watch_layers
 from KA2ERSegment.convolution import QuickConvolution, quick_layout
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
-from KA2ERSegment.gate import Gate, fuse, gate_query
+from KA2ERSegment.gate import GENERAL, Gate, fuse, gate_query
 from KA2ERSegment.mask_decoder import Decoded, MaskDecoder
 from KA2ERSegment.preprocessing import RawPatch
 from KA2ERSegment.prompt_encoder import PatchPrompts, PromptEncoder, dense_maps, edge_costs
@@ -110,6 +110,11 @@ class PromptableModel(nn.Module):
         return self.voting.names if self.voting is not None and self.voting.plans.enabled else ()
 
     @property
+    def decoders(self) -> tuple[str, ...]:
+        """Names of the mask decoders that the gate chooses among; none without a gate that is switched on."""
+        return self.gate.decoders if self.gate is not None and self.gate.plans.enabled else ()
+
+    @property
     def _asks_experts(self) -> bool:
         """Whether any level of the amalgamation reads experts' features."""
         return any(cast("Amalgamation", level).asks_experts for level in self.amalgamation.values())
@@ -176,13 +181,14 @@ class PromptableModel(nn.Module):
         if self.voting is None or not self.voters:
             return base
         with QuickConvolution():
-            return replace(base, logits=self.voting(features.embedding, base, maps))
+            answer: Decoded = self.voting(features.embedding, base, maps)
+        return answer
 
     def decode_base(self, features: PatchFeatures, prompts: PatchPrompts) -> tuple[Decoded, Tensor]:
         """The answer before the vote, and the prompts as dense maps (B, MAPS, S, S, S)."""
         inputs = self.decoder_inputs(features, prompts)
         decoded = self.run_decoder(self.mask_decoder, inputs)
-        if self.gate is not None and self.gate.plans.enabled:
+        if self.gate is not None and self.decoders:
             decoded = self._gated(self.gate, decoded, features, prompts, inputs)
         return decoded, inputs[-1]
 
@@ -241,9 +247,19 @@ class PromptableModel(nn.Module):
             (B, S, S, S) float32 logits.
         """
         name = self.arms[arm]
-        gated = self.gate is not None and self.gate.plans.enabled and name in self.specialists
-        decoder = self.specialists[name] if gated else self.mask_decoder
-        return self.run_decoder(decoder, self.decoder_inputs(self.only(features, arm), prompts)).logits
+        decoder = name if name in self.decoders else GENERAL
+        return self.decoder_opinion(self.only(features, arm), prompts, decoder)
+
+    def decoder_opinion(self, features: PatchFeatures, prompts: PatchPrompts, name: str) -> Tensor:
+        """What one mask decoder alone answers, before any vote: (B, S, S, S) float32 logits.
+
+        Args:
+            features: of B patches.
+            prompts: of the same B cases.
+            name: "general", or that of a specialist.
+        """
+        decoder = self.mask_decoder if name == GENERAL else self.specialists[name]
+        return self.run_decoder(decoder, self.decoder_inputs(features, prompts)).logits
 
     def only(self, features: PatchFeatures, arm: int) -> PatchFeatures:
         """The same patch as one arm alone sees it: 0 the foundation without experts, k the k-th expert."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -16,6 +16,28 @@ from KA2ERSegment.volume import Volume
 
 FloatImage = npt.NDArray[np.float32]
 Scalar = TypeVar("Scalar", bound=np.generic)
+
+AMALGAMATION, DECODERS, HEAD = "amalgamation", "decoders", "head"
+"""The modes in which experts take part: their features are merged, one of them decodes, or they vote on the answer."""
+_DECODER, _VOTER = "decoder ", "head "
+"""What the names of mask decoders and of experts of the voting head begin with: names in plans are words, so these
+cannot be names of arms."""
+
+
+def experts_by_mode(arms: Sequence[str], decoders: Sequence[str], voters: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Names of all experts as `Prediction.experts` has them, for each mode that has any.
+
+    Args:
+        arms: of the amalgamation; they keep their names.
+        decoders: that the gate chooses among, as the gate names them.
+        voters: experts of the voting head, as the head names them.
+    """
+    names = {
+        AMALGAMATION: tuple(arms),
+        DECODERS: tuple(f"{_DECODER}{name}" for name in decoders),
+        HEAD: tuple(f"{_VOTER}{name}" for name in voters),
+    }
+    return {mode: members for mode, members in names.items() if members}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,12 +86,13 @@ class PackedMask:
 
 @dataclass(frozen=True, slots=True)
 class ExpertOpinion:
-    """One arm of the amalgamation, or one expert of the voting head, on one prediction.
+    """One arm of the amalgamation, one mask decoder or one expert of the voting head, on one prediction.
 
     Args:
-        probability: (K, J, I) float32, what the model answers with this arm alone; 0 outside the patch.
+        probability: (K, J, I) float32, what the model answers with this expert alone; 0 outside the patch.
         weight: (K, J, I) float32, its share in the decision at each voxel; 0 outside the patch.
-        mean_weight: its mean share inside the mask (inside the patch where the mask is empty).
+        mean_weight: its mean share inside the mask (inside the patch where the mask is empty), as in
+            `Prediction.shares`.
     """
 
     probability: FloatImage = field(repr=False)
@@ -124,6 +147,14 @@ def _nobody() -> Ballots:
     raise LookupError(message)
 
 
+def _no_decoder(name: str) -> FloatImage:
+    message = f"no gate chose among decoders for this prediction, {name!r} neither."
+    raise LookupError(message)
+
+
+_NO_VOTES: FloatImage = np.zeros((0, 1, 1, 1), dtype=np.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The mask of one object after one prompt.
@@ -147,8 +178,10 @@ class Prediction:
             heard where its weight is above the gate's threshold (SAM-Med3D-MoE, arXiv 2407.04938).
         calibration: temperature by which logits are divided before they are probabilities, of each arm by its name
             and of the whole model as "mask"; 1 where nothing is said. The mask does not depend on it.
+        decoder: computes the logits (S, S, S) of one mask decoder alone, by its name in `gate`.
         voters: names of the experts of the voting head; none where there is no such head, or a hand drew the mask.
-        ballots: computes what each of them said and counted.
+        votes: (voters, n, n, n) float32, their shares in the vote as `weights` has those of the arms.
+        ballots: computes what each of them said and counted, sample by sample.
     """
 
     volume: Volume = field(repr=False)
@@ -164,7 +197,9 @@ class Prediction:
     gate: Mapping[str, float] = field(default_factory=dict, repr=False)
     decoders: Mapping[str, float] = field(default_factory=lambda: {"general": 1.0}, repr=False)
     calibration: Mapping[str, float] = field(default_factory=dict, repr=False)
+    decoder: Callable[[str], FloatImage] = field(default=_no_decoder, repr=False)
     voters: tuple[str, ...] = field(default=(), repr=False)
+    votes: FloatImage = field(default_factory=_NO_VOTES.copy, repr=False)
     ballots: Callable[[], Ballots] = field(default=_nobody, repr=False)
 
     @property
@@ -230,9 +265,19 @@ class Prediction:
     # -- experts -----------------------------------------------------------------------------------------------------
 
     @cached_property
+    def modes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the experts in `experts` by mode: "amalgamation", "decoders" and "head", those that took part."""
+        return experts_by_mode(self.arms, tuple(self.gate), self.voters)
+
+    @cached_property
     def experts(self) -> Mapping[str, ExpertOpinion]:
-        """Each expert's opinion by name, "foundation" (no expert) first; computed when asked for."""
-        return ExpertOpinions(self.arms, self._expert)
+        """The opinion of each expert of every mode by its name; computed when asked for.
+
+        First the arms of the amalgamation, "foundation" (no expert) before the others; "decoder general" and the
+        specialists that the gate chooses among; "head basic" and the other experts of the voting head. In each of the
+        `modes` the weights sum to 1.
+        """
+        return ExpertOpinions(tuple(name for names in self.modes.values() for name in names), self._expert)
 
     def _expert(self, name: str) -> ExpertOpinion:
         box, probability, weight = self.opinion_crop(name)
@@ -241,57 +286,55 @@ class Prediction:
         )
 
     @cached_property
-    def votes(self) -> Mapping[str, ExpertOpinion]:
-        """Each voting expert's probability and weight by name (`voters`); computed when asked for."""
-        return ExpertOpinions(self.voters, self._voter)
-
-    def _voter(self, name: str) -> ExpertOpinion:
-        probability, weight = self.vote_on_patch(name)
-        mask = self._mask_on_patch
-        mean = float(weight[mask].mean() if mask.any() else weight.mean())
-        whole = [_filled(self.volume, *self._upsampled(samples)) for samples in (probability, weight)]
-        return ExpertOpinion(whole[0], whole[1], mean)
-
-    def vote_on_patch(self, voter: str) -> tuple[FloatImage, FloatImage]:
-        """One voting expert's probability and weight, both (S, S, S) on the samples of the patch.
-
-        0 where no voxel of the volume is within a step of the sample; KeyError for an unknown one.
-        """
-        if voter not in self.voters:
-            raise KeyError(voter)
-        at, read, ballots = self.voters.index(voter), self.patch.read_by(self.canonical.shape_kji), self.ballots()
-        return self._probable(ballots.opinions[at]) * read, ballots.weights[at] * read
-
-    @cached_property
     def shares(self) -> dict[str, float]:
-        """Each arm's mean share in the decision inside the mask (inside the patch where that is empty). Cheap."""
-        mask = self._mask_on_patch
-        size = self.weights.shape[-1]
+        """Each expert's mean share in the decision of its mode, inside the mask (the patch where it is empty). Cheap.
+
+        A decoder has the same share everywhere: 0 where it was not heard.
+        """
+        values = {
+            AMALGAMATION: self._means_inside(self.weights),
+            DECODERS: [float(self.decoders.get(name, 0.0)) for name in self.gate],
+            HEAD: self._means_inside(self.votes),
+        }
+        return {n: s for mode, names in self.modes.items() for n, s in zip(names, values[mode], strict=True)}
+
+    def _means_inside(self, weights: FloatImage) -> list[float]:
+        """Means of (n, cells, cells, cells) over the cells of the mask, each as far as it is inside."""
+        size = weights.shape[-1]
         step = self.patch.size // size
-        cells = mask.reshape(size, step, size, step, size, step).mean(axis=(1, 3, 5))  # how much of each is inside
+        cells = self._mask_on_patch.reshape(size, step, size, step, size, step).mean(axis=(1, 3, 5))
         if not cells.any():
             cells[:] = 1
-        means = (self.weights * cells).sum(axis=(1, 2, 3)) / cells.sum()
-        return {name: float(mean) for name, mean in zip(self.arms, means, strict=True)}
+        means: list[float] = ((weights * cells).sum(axis=(1, 2, 3)) / cells.sum()).tolist()
+        return means
 
     @cached_property
     def patch_to_ras(self) -> FloatArray:
         """4x4 from sample index (I, J, K) of the patch to RAS mm."""
         return np.asarray(self.canonical.ijk_to_ras @ self.patch.to_ijk, dtype=np.float64)
 
-    def opinion_on_patch(self, arm: str) -> tuple[FloatImage, FloatImage]:
-        """One arm's probability and weight, both (S, S, S) on the samples of the patch; KeyError for an unknown one.
+    def opinion_on_patch(self, name: str) -> tuple[FloatImage, FloatImage]:
+        """Probability and weight of one of `experts`, both (S, S, S) on the samples of the patch; KeyError for others.
 
         0 where no voxel of the volume is within a step of the sample. `opinion_crop` is linear between them.
         """
-        if arm not in self.arms:
-            raise KeyError(arm)
-        at, read = self.arms.index(arm), self.patch.read_by(self.canonical.shape_kji)
-        return self._probable(self.opinion(at), arm) * read, self._weight_on_patch(at) * read
+        if name not in self.experts:
+            raise KeyError(name)
+        if name in self.arms:
+            at = self.arms.index(name)
+            probability, weight = self._probable(self.opinion(at), name), self._weight_on_patch(at)
+        elif name in self.modes.get(DECODERS, ()):
+            probability = self._probable(self.decoder(name.removeprefix(_DECODER)))
+            weight = np.full(probability.shape, self.shares[name], dtype=np.float32)
+        else:
+            at, ballots = self.voters.index(name.removeprefix(_VOTER)), self.ballots()
+            probability, weight = self._probable(ballots.opinions[at]), ballots.weights[at]
+        read = self.patch.read_by(self.canonical.shape_kji)
+        return probability * read, weight * read
 
-    def opinion_crop(self, arm: str) -> tuple[Box, FloatImage, FloatImage]:
-        """One arm's probability and weight within the patch; KeyError for an unknown one."""
-        probability, weight = self.opinion_on_patch(arm)
+    def opinion_crop(self, name: str) -> tuple[Box, FloatImage, FloatImage]:
+        """Probability and weight of one of `experts` within the patch; KeyError for others."""
+        probability, weight = self.opinion_on_patch(name)
         box, crop = self._upsampled(probability)
         return box, crop, self._upsampled(weight)[1]
 

@@ -592,6 +592,8 @@ class Session:
             gate=answer.gate,
             decoders=answer.decoders,
             calibration=self.bundle.plans.calibration,
+            decoder=answerer.decoder_of(answer),
+            votes=answer.votes,
             voters=answerer.voters_of(answer),
             ballots=answerer.ballots_of(answer),
         )

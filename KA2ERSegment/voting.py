@@ -22,7 +22,7 @@ an expert (conf, cons, load) is evidence, not something to be learnt: no gradien
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -107,6 +107,12 @@ class Ballot:
         weights = self.weights.new_zeros(len(self.weights), experts, self.weights.shape[2])
         return weights.scatter(1, self.heard[..., None].expand_as(self.weights), self.weights)
 
+    @staticmethod
+    def image(values: Tensor) -> Tensor:
+        """Values (B, C, V) of the voxels as an image (B, C, S/2, S/2, S/2)."""
+        side = round(values.shape[2] ** (1 / 3))
+        return values.reshape(*values.shape[:2], side, side, side)
+
 
 class VotingHead(nn.Module):
     """Basic, semantic and adaptive experts on the decoder's last features, and their vote.
@@ -150,18 +156,18 @@ class VotingHead(nn.Module):
         """Of the experts, E of them: "basic", each semantic one, then "adaptive 1" and so on."""
         return (BASIC, *self.plans.semantic, *(f"adaptive {n + 1}" for n in range(self.plans.adaptive)))
 
-    def forward(self, embedding: Tensor, decoded: Decoded, maps: Tensor) -> Tensor:
-        """The logits after the vote.
+    def forward(self, embedding: Tensor, decoded: Decoded, maps: Tensor) -> Decoded:
+        """The answer after the vote, with the share of each expert on the grid of the embedding.
 
         Args:
             embedding: (B, width, S/8, ...), amalgamated.
-            decoded: the base answer, frozen.
+            decoded: the base answer, frozen. Where no expert adds anything its logits stay as they are to the last bit.
             maps: (B, MAPS, S, S, S), the prompts.
-
-        Returns:
-            (B, S, S, S) float32; the base answer's own logits, to the last bit, where no expert adds anything.
         """
-        return self.answer(decoded, self.ballot(embedding, decoded, maps))
+        ballot = self.ballot(embedding, decoded, maps)
+        cells = ballot.image(ballot.of_all(len(self.names)).detach())
+        votes = F.avg_pool3d(cells, cells.shape[-1] // embedding.shape[-1])
+        return replace(decoded, logits=self.answer(decoded, ballot), votes=votes)
 
     def answer(self, decoded: Decoded, ballot: Ballot) -> Tensor:
         """The logits (B, S, S, S) that a ballot makes of the base answer."""
@@ -301,6 +307,4 @@ def _about(embedding: Tensor, token: Tensor, maps: Tensor) -> Tensor:
 
 def _upsampled(values: Tensor) -> Tensor:
     """(B, C, V) at stride 2 to (B, C, S, S, S), linear between the voxels."""
-    side = round(values.shape[2] ** (1 / 3))
-    image = values.reshape(*values.shape[:2], side, side, side)
-    return F.interpolate(image, scale_factor=STRIDE, mode="trilinear", align_corners=False)
+    return F.interpolate(Ballot.image(values), scale_factor=STRIDE, mode="trilinear", align_corners=False)

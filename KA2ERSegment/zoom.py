@@ -28,6 +28,7 @@ class Answer:
         weights: (arms, n, n, n) float32, the shares of the foundation alone and of each of them.
         gate: weight of each mask decoder by name, "general" first; empty without a gate.
         decoders: those that were heard, with their shares in the mask.
+        votes: (voters, n, n, n) float32, the shares of the experts of the voting head; of none without one.
     """
 
     patch: Patch
@@ -37,6 +38,7 @@ class Answer:
     weights: FloatImage
     gate: Mapping[str, float] = field(default_factory=dict)
     decoders: Mapping[str, float] = field(default_factory=lambda: {"general": 1.0})
+    votes: FloatImage = field(default_factory=lambda: np.zeros((0, 1, 1, 1), dtype=np.float32))
 
 
 def fits(patch: Patch, newest: Evidence) -> bool:

@@ -190,7 +190,7 @@ class _Segmented(NamedTuple):
     Args:
         masks: of each object; where they overlap the newest shows.
         quality: Dice to expect of the object that prompts went to.
-        weights: mean share of each arm in that object.
+        weights: mean share of each expert in that object, by its name in `Prediction.experts`.
         maps: file name to confidence map.
         device: of the network.
     """
@@ -235,9 +235,9 @@ def _segment_here(
     maps: dict[str, Any] = {}
     if opinions:
         with run.step("Computing confidence maps"):
-            weights = {arm: opinion.mean_weight for arm, opinion in prediction.experts.items()}
-            for arm, opinion in prediction.experts.items():
-                maps |= _maps_of(arm, opinion.probability, opinion.weight)
+            weights = {expert: opinion.mean_weight for expert, opinion in prediction.experts.items()}
+            for expert, opinion in prediction.experts.items():
+                maps |= _maps_of(expert, opinion.probability, opinion.weight)
     labels, names = session.label_map()
     masks = {each: labels == value for value, each in enumerate(names, 1)}
     return _Segmented(masks, float(prediction.quality), weights, maps, device.value)
@@ -279,10 +279,10 @@ def _segment_there(
         maps: dict[str, Any] = {}
         if opinions:
             with run.step("Computing confidence maps"):
-                for arm in mine.shares:
-                    opinion = session.opinion(session.selected, arm)
+                for expert in mine.shares:
+                    opinion = session.opinion(session.selected, expert)
                     maps |= _maps_of(
-                        arm,
+                        expert,
                         _on_grid(opinion.ijk_to_ras, opinion.probability, volume),
                         _on_grid(opinion.ijk_to_ras, opinion.weight, volume),
                     )
@@ -326,7 +326,7 @@ def _no_prompt(name: str) -> KA2ERError:
     return KA2ERError(message)
 
 
-def _maps_of(arm: str, probability: Any, weight: Any) -> dict[str, Any]:
-    """File name to map: probability and weight of one arm."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", arm)
+def _maps_of(expert: str, probability: Any, weight: Any) -> dict[str, Any]:
+    """File name to map: probability and weight of one expert."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", expert)
     return {f"{stem}_probability": probability, f"{stem}_weight": weight}

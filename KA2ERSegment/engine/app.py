@@ -65,7 +65,7 @@ from KA2ERSegment.engine.workplaces import (
 )
 from KA2ERSegment.errors import KA2ERError, SessionStateError
 from KA2ERSegment.model import PromptableModel
-from KA2ERSegment.prediction import Prediction
+from KA2ERSegment.prediction import Prediction, experts_by_mode
 from KA2ERSegment.prompts import MaskPrompt, prompt_from_json
 from KA2ERSegment.session import Session
 from KA2ERSegment.steps import Neighbours, Step
@@ -216,7 +216,7 @@ class Api:
                 "protocol": PROTOCOL,
                 "device": engine.device,
                 "bundle": {"identity": engine.bundle.identity, "experts": experts},
-                "arms": list(engine.model.arms),
+                "experts": experts_by_mode(engine.model.arms, engine.model.decoders, engine.model.voters),
                 "sessions": len(engine.places),
                 "max_sessions": engine.places.max_sessions,
                 "max_voxels": engine.max_voxels,
@@ -369,11 +369,11 @@ def _predicted(session: Session, data: Mapping[str, Any]) -> Prediction:
 
 
 def _opinion(session: Session, data: Mapping[str, Any]) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
-    prediction, arm = _predicted(session, data), text_of(data, "arm")
-    if arm not in prediction.arms:
-        message = f"there is no arm {arm!r} in this prediction; there are {list(prediction.arms)}."
+    prediction, name = _predicted(session, data), text_of(data, "expert")
+    if name not in prediction.experts:
+        message = f"there is no expert {name!r} in this prediction; there are {list(prediction.experts)}."
         raise SessionStateError(message)
-    probability, weight = prediction.opinion_on_patch(arm)
+    probability, weight = prediction.opinion_on_patch(name)
     return {"ijk_to_ras": prediction.patch_to_ras.tolist()}, [as_bytes(probability), as_bytes(weight)]
 
 

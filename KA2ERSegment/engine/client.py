@@ -97,7 +97,7 @@ class EngineClient:
         self._closed = threading.Event()
 
     def info(self) -> dict[str, Any]:
-        """Version, protocol, device, arms, and the bundle with its experts.
+        """Version, protocol, device, names of the experts by mode, and the bundle.
 
         Raises:
             EngineError: of kind "protocol" where it is no engine, or of another protocol; "auth" for a wrong key.
@@ -327,10 +327,10 @@ class RemoteSession:
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
-    def opinion(self, name: str, arm: str) -> Opinion:
-        """What one arm alone answers for an object, and its share in the decision."""
-        head, (probability, weight) = self._ask("opinion", 2, name=name, arm=arm)
-        return Opinion(arm, affine_of(head, "ijk_to_ras"), probability, weight)
+    def opinion(self, name: str, expert: str) -> Opinion:
+        """What one expert alone answers for an object, and its share in the decision: any of `Prediction.experts`."""
+        head, (probability, weight) = self._ask("opinion", 2, name=name, expert=expert)
+        return Opinion(expert, affine_of(head, "ijk_to_ras"), probability, weight)
 
     def disagreement(self, name: str) -> tuple[FloatArray, npt.NDArray[np.uint8]]:
         """Where the arms disagree on an object: 4x4 from sample index to RAS mm, and (K, J, I) uint8; 255 is 1."""

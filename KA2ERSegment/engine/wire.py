@@ -82,7 +82,8 @@ class ObjectChange:
         extent: smallest box around the whole mask; of size 0 where it is empty.
         voxels: of the whole mask.
         quality: Dice to expect, 0..1; None where there is no prediction.
-        shares: mean weight of each arm inside the mask, by name; empty where there is no prediction.
+        shares: mean weight of each expert inside the mask, by its name in `Prediction.experts`; empty where there is no
+            prediction.
         exists: false where the object was removed.
     """
 
@@ -127,16 +128,16 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opinion:
-    """One arm of the amalgamation on one object, on the network's own grid: linear between the samples, 0 beyond them.
+    """One expert on one object, on the network's own grid: linear between the samples, 0 beyond them.
 
     Args:
-        arm: its name.
+        expert: its name in `Prediction.experts`.
         ijk_to_ras: 4x4 from sample index to RAS mm.
-        probability: (K, J, I) uint8, 255 is 1: what the model answers with this arm alone.
-        weight: (K, J, I) uint8, 255 is 1: its share in the decision.
+        probability: (K, J, I) uint8, 255 is 1: what the model answers with this expert alone.
+        weight: (K, J, I) uint8, 255 is 1: its share in the decision of its mode.
     """
 
-    arm: str
+    expert: str
     ijk_to_ras: FloatArray = field(repr=False)
     probability: npt.NDArray[np.uint8] = field(repr=False)
     weight: npt.NDArray[np.uint8] = field(repr=False)

@@ -341,7 +341,8 @@ class Bridge:
                 "kind": row.kind,
                 "opacity": round(100 * row.opacity),
                 "enabled": row.enabled,
-                "fixed": row.name == "foundation",
+                "fixed": not row.canBeLeftOut,
+                "mode": row.mode,
             }
             for row in logic.experts()
         ]

@@ -94,7 +94,7 @@ def measure_ours(engine: LocalEngine, volume: Volume, size: int, count: int) -> 
     middle = {part: statistics.median(lap[part] for lap in laps) for part in laps[0]}
     middle["click, outside the network"] = statistics.median(lap["click"] - lap["network"] for lap in laps)
     undo, _ = timed(session.undo)
-    arm = client.info()["arms"][-1]
+    arm = client.info()["experts"]["amalgamation"][-1]
     opinion, said = timed(lambda: session.opinion("object", arm))
     client.close()
     return {

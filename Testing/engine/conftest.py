@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,26 @@ from KA2ERSegment.engine.process import LocalEngine
 
 @pytest.fixture(scope="session")
 def a_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an untrained bundle."""
-    from KA2ERSegment.testing import tiny_bundle
+    """Folder of an untrained bundle with experts of every mode; its gate hears whom it likes best."""
+    import torch
 
-    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny").folder
+    from KA2ERSegment.experts import Content
+    from KA2ERSegment.plans import GatePlans, VotingPlans
+    from KA2ERSegment.testing import tiny_bundle, tiny_plans
+
+    plans, folder = tiny_plans(), tmp_path_factory.mktemp("bundle")
+    names = tuple(expert.name for expert in plans.experts)
+    gate = GatePlans(names, hidden=8, threshold=0.0)
+    voting = VotingPlans(names, prototypes=4, adaptive=2, top=1, rank=2, width=8)
+    content = Content.of(tiny_bundle(folder / "random", replace(plans, gate=gate, voting=voting)))
+    generator = torch.Generator().manual_seed(5)
+    opinions = {  # zeros until they are trained: all voters would say the same
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in content.tensors.items()
+        if name.startswith("voting.") and name.endswith("_out")
+    }
+    assert opinions
+    return replace(content, tensors={**content.tensors, **opinions}).save(folder / "tiny").folder
 
 
 @pytest.fixture(scope="session")

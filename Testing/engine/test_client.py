@@ -187,18 +187,23 @@ def test_questions_are_answered_as_a_prediction_answers_them(
     assert (there.ras, there.polarity) == (here.ras, here.polarity)
     assert there.expected_gain == pytest.approx(here.expected_gain, rel=1e-4)  # threads add up in another order
 
-    for arm in prediction.arms:
-        opinion = pair.remote.opinion("object", arm)
-        probability, weight = prediction.opinion_on_patch(arm)
+    info = pair.remote.client.info()
+    assert info["experts"] == {mode: list(names) for mode, names in prediction.modes.items()}
+    assert list(prediction.modes) == ["amalgamation", "decoders", "head"]
+    for name in prediction.experts:
+        opinion = pair.remote.opinion("object", name)
+        probability, weight = prediction.opinion_on_patch(name)
         np.testing.assert_array_equal(opinion.ijk_to_ras, prediction.patch_to_ras)
         np.testing.assert_allclose(opinion.probability / 255, probability, atol=0.003)
         np.testing.assert_allclose(opinion.weight / 255, weight, atol=0.003)
-        whole = prediction.experts[arm]
+        assert opinion.expert == name
+        assert opinion.probability.dtype == opinion.weight.dtype == np.uint8
+        whole = prediction.experts[name]
         for values, image in ((opinion.probability, whole.probability), (opinion.weight, whole.weight)):
             np.testing.assert_allclose(at_voxels(opinion.ijk_to_ras, values, volume), image, atol=0.003)
     matrix, disagreement = pair.remote.disagreement("object")
     np.testing.assert_allclose(at_voxels(matrix, disagreement, volume), prediction.disagreement, atol=0.003)
-    with pytest.raises(SessionStateError, match="no arm"):
+    with pytest.raises(SessionStateError, match="no expert"):
         pair.remote.opinion("object", "nobody")
     with pytest.raises(SessionStateError, match="no object"):
         pair.remote.disagreement("nothing")

@@ -236,7 +236,7 @@ def fine_arguments(volume: Volume) -> dict[str, dict[str, Any]]:
         "rename": {"old": "object", "new": "b"},
         "use_experts": {"names": []},
         "give": {"saved": {"format": 1, "objects": ["a"], "selected": "a", "steps": [step]}},
-        "opinion": {"name": "object", "arm": "foundation"},
+        "opinion": {"name": "object", "expert": "foundation"},
         "disagreement": {"name": "object"},
         "mask": {"name": "object"},
         "suggest": {"name": "object"},

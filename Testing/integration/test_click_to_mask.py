@@ -44,9 +44,12 @@ def test_a_box_gives_the_ball(a_session: Session, a_sphere: tuple[Volume, BoolAr
     assert box is not None
     prediction = a_session.add(BoxPrompt.from_ijk(box.start, box.stop, volume))
     assert dice(prediction.mask, truth) > 0.9
-    weights = sum(opinion.weight for opinion in prediction.experts.values())
+    assert list(prediction.modes) == ["amalgamation", "decoders", "head"]
     seen = prediction.probability > 0
-    np.testing.assert_allclose(np.asarray(weights)[seen & truth], 1, atol=1e-3)
+    for names in prediction.modes.values():
+        weights = sum(prediction.experts[name].weight for name in names)
+        np.testing.assert_allclose(np.asarray(weights)[seen & truth], 1, atol=1e-3)
+        assert sum(prediction.shares[name] for name in names) == pytest.approx(1, abs=1e-3)
 
 
 def test_one_click_finds_the_ball_and_its_size(a_session: Session, a_sphere: tuple[Volume, BoolArray]) -> None:

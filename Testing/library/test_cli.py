@@ -68,7 +68,9 @@ class FakeSession:
             for name, share in (("foundation", 0.75), ("ct organs", 0.25))
         }
         probability = mask.astype(np.float32)
-        return SimpleNamespace(mask=mask, probability=probability, experts=opinions, quality=0.5, volume=self.volume)
+        return SimpleNamespace(
+            mask=mask, probability=probability, experts=opinions, arms=tuple(opinions), quality=0.5, volume=self.volume
+        )
 
     def label_map(self) -> tuple[np.ndarray, tuple[str, ...]]:
         labels = np.zeros(self.volume.shape_kji, dtype=np.uint16)
@@ -115,12 +117,12 @@ def _a_fake_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: py
             raise BundleError(message)
         return bundle
 
+    facts = {"parameters": 7, "seconds_per_patch": 0.5}
+    monkeypatch.setattr("KA2ERSegment.evaluation.SessionSegmenter.facts", lambda _: facts)  # imports the real modules
     for name, content in (("session", {"Session": FakeSession}), ("bundle", {"load_bundle": load_bundle})):
         module = ModuleType(f"KA2ERSegment.{name}")
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, f"KA2ERSegment.{name}", module)
-    facts = {"parameters": 7, "seconds_per_patch": 0.5}
-    monkeypatch.setattr("KA2ERSegment.evaluation.SessionSegmenter.facts", lambda _: facts)
 
 
 @pytest.fixture

@@ -317,9 +317,41 @@ def test_a_prediction_says_which_decoders_were_heard(a_gated_bundle: Bundle, a_v
     assert prediction.decoders[best] == prediction.gate[best]
     assert sum(prediction.decoders.values()) == pytest.approx(1)
     assert prediction.experts["tiny_brain"].probability.max() > 0
+    assert prediction.modes["decoders"] == ("decoder general", "decoder tiny_trunk", "decoder tiny_brain")
+    shares = {name: prediction.shares[f"decoder {name}"] for name in prediction.gate}
+    assert shares == dict.fromkeys(NAMES, 0.0) | dict(prediction.decoders)
     session.use_experts(["tiny_trunk"])
     session.select("another")
     assert session.add(PointPrompt.from_ijk((20, 9, 3), a_volume)).gate["tiny_brain"] == 0
+
+
+def test_what_each_decoder_says_makes_up_the_answer(
+    a_gated_bundle: Bundle, a_volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(a_gated_bundle, device="cpu")
+    session.set_volume(a_volume)
+    asked: list[str] = []
+    ask = session.model.decoder_opinion
+    monkeypatch.setattr(session.model, "decoder_opinion", lambda *given: asked.append(given[2]) or ask(*given))
+    prediction = session.add(PointPrompt.from_ijk((12, 12, 6), a_volume))
+    names = prediction.modes["decoders"]
+    assert asked == []
+
+    said = {name: prediction.opinion_on_patch(name) for name in names}
+    assert asked == [name.removeprefix("decoder ") for name in names]
+    prediction.opinion_on_patch(names[1])
+    assert len(asked) == 3, "the newest ones are kept"
+    read = prediction.patch.read_by(prediction.canonical.shape_kji)
+    for name, (probability, weight) in said.items():
+        assert probability.dtype == weight.dtype == np.float32
+        np.testing.assert_allclose(weight, prediction.shares[name] * read, rtol=1e-6)
+    assert not np.allclose(said[names[1]][0], said[names[2]][0], atol=1e-3)
+    fused = sum(probability * weight for probability, weight in said.values())
+    decided = 1 / (1 + np.exp(-prediction.logits)) * read
+    as_answered = np.isclose(fused, decided, atol=1e-4)  # islands that no prompt touches were taken away since
+    assert as_answered.mean() > 0.5
+    assert (fused[~as_answered] > 0.5).all()
+    assert prediction.experts[names[0]].mean_weight == prediction.decoders[GENERAL]
 
 
 def test_a_bundle_without_a_gate_hears_the_general_decoder(a_volume: Volume, tmp_path: Path) -> None:
@@ -335,6 +367,9 @@ def test_a_bundle_without_a_gate_hears_the_general_decoder(a_volume: Volume, tmp
     assert [answer.decoders for answer in answers] == [{GENERAL: 1.0}] * 2
     assert answers[0].gate
     assert answers[1].gate == {}
+    assert answers[0].shares["decoder general"] == 1
+    assert not answers[0].experts["decoder tiny_brain"].weight.any()
+    assert "decoders" not in answers[1].modes
     np.testing.assert_array_equal(answers[0].probability, answers[1].probability)
 
 

@@ -29,6 +29,8 @@ from KA2ERSegment.voting import Ballot, VotingHead, evidence
 SIZE = 32
 GROUPS = ("tiny_trunk", "tiny_brain")
 NAMES = ("basic", *GROUPS, "adaptive 1", "adaptive 2", "adaptive 3")
+VOTERS = tuple(f"head {name}" for name in NAMES)
+"""The same in a prediction."""
 
 
 def voting_plans(**changes: Any) -> VotingPlans:
@@ -191,6 +193,22 @@ def test_the_answer_is_what_the_ballot_says(
 
 
 @torch.no_grad()
+def test_the_answer_has_the_share_of_each_expert_in_every_cell(
+    a_model: PromptableModel, some_features: PatchFeatures
+) -> None:
+    votes = a_model.votes(some_features, a_click())
+    answer = a_model.decode(some_features, a_click())
+    cells = some_features.embedding.shape[-1]
+
+    assert votes is not None
+    assert answer.votes is not None
+    assert answer.votes.shape == (2, len(NAMES), cells, cells, cells)
+    expected = torch.nn.functional.avg_pool3d(votes.weights, SIZE // cells)
+    torch.testing.assert_close(answer.votes, expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(answer.votes.sum(1), torch.ones(2, cells, cells, cells))
+
+
+@torch.no_grad()
 def test_who_is_not_heard_is_not_computed(a_base: PromptableModel, some_features: PatchFeatures) -> None:
     model = with_head(a_base, replace(tiny_plans(), voting=voting_plans(top=1)), learnt=True)
     heard = set(a_ballot(model, some_features).heard[:, -1].tolist())
@@ -321,16 +339,37 @@ def test_votes_are_computed_when_asked_for_and_once(
     votes_of = a_session.model.votes
     monkeypatch.setattr(a_session.model, "votes", lambda *given: asked.append(1) or votes_of(*given))
     a_session.set_volume(a_volume)
-    votes = a_session.add(PointPrompt.from_ijk((12, 12, 6), a_volume)).votes
+    prediction = a_session.add(PointPrompt.from_ijk((12, 12, 6), a_volume))
+    experts = prediction.experts
 
-    assert tuple(votes) == NAMES
-    assert "nobody" not in votes
+    assert prediction.modes == {"amalgamation": ("foundation", *GROUPS), "head": VOTERS}
+    assert tuple(experts) == ("foundation", *GROUPS, *VOTERS)
+    assert set(prediction.shares) == set(experts)
     assert asked == []
-    assert votes["basic"] is votes["basic"]
-    assert votes["adaptive 1"].weight.shape == a_volume.shape_kji
+    assert experts["head basic"] is experts["head basic"]
+    assert experts["head adaptive 1"].weight.shape == a_volume.shape_kji
     assert asked == [1]
-    with pytest.raises(KeyError):
-        votes["nobody"]
+    for name in ("basic", "adaptive 1", "head nobody", "decoder general"):
+        assert name not in experts
+        with pytest.raises(KeyError):
+            experts[name]
+        with pytest.raises(KeyError):
+            prediction.opinion_on_patch(name)
+
+
+def test_shares_of_voters_are_their_mean_weights_inside_the_mask(a_session: Session, a_volume: Volume) -> None:
+    a_session.set_volume(a_volume)
+    prediction = a_session.add(BoxPrompt.from_ijk((6, 7, 3), (19, 18, 10), a_volume))
+    shares = [prediction.shares[name] for name in VOTERS]
+
+    assert prediction.mask.any()
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
+    assert np.std(shares) > 0.02
+    for name, share in zip(VOTERS, shares, strict=True):
+        vote = prediction.experts[name]
+        assert vote.mean_weight == share
+        assert share == pytest.approx(float(vote.weight[prediction.mask].mean()), abs=0.05)
+        assert (share == 0) == (not vote.weight.any())
 
 
 def test_votes_lie_where_the_voxels_are(a_session: Session, an_oblique_left_handed_volume: Volume) -> None:
@@ -344,8 +383,9 @@ def test_votes_lie_where_the_voxels_are(a_session: Session, an_oblique_left_hand
     ras = apply_affine(volume.ijk_to_ras, ijk)
     kji_of_patch = apply_affine(np.linalg.inv(prediction.patch_to_ras), ras)[:, ::-1]
     total = np.zeros(volume.shape_kji)
-    for name, vote in prediction.votes.items():
-        probability, weight = prediction.vote_on_patch(name)
+    for name in VOTERS:
+        vote = prediction.experts[name]
+        probability, weight = prediction.opinion_on_patch(name)
         for image, samples in ((vote.probability, probability), (vote.weight, weight)):
             assert image.dtype == np.float32
             assert not image[~seen].any()
@@ -353,7 +393,6 @@ def test_votes_lie_where_the_voxels_are(a_session: Session, an_oblique_left_hand
             np.testing.assert_allclose(image[seen], expected, atol=1e-4)
         total += vote.weight
     np.testing.assert_allclose(total[seen], 1, atol=1e-4)
-    assert sum(vote.mean_weight for vote in prediction.votes.values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_votes_of_a_former_volume_cannot_be_asked(
@@ -363,11 +402,13 @@ def test_votes_of_a_former_volume_cannot_be_asked(
     prediction = a_session.add(PointPrompt.from_ijk((12, 12, 6), a_volume))
     a_session.set_volume(an_oblique_volume)
     with pytest.raises(SessionStateError, match="while its volume is the session's"):
-        prediction.votes["basic"]
+        prediction.experts["head basic"]
 
 
 def test_a_bundle_without_a_head_has_no_votes(tmp_path: Path, a_volume: Volume) -> None:
     session = Session(tiny_bundle(tmp_path / "plain"), device="cpu")
     session.set_volume(a_volume)
 
-    assert dict(session.add(PointPrompt.from_ijk((12, 12, 6), a_volume)).votes) == {}
+    prediction = session.add(PointPrompt.from_ijk((12, 12, 6), a_volume))
+    assert list(prediction.modes) == ["amalgamation"]
+    assert tuple(prediction.experts) == prediction.arms

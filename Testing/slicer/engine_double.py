@@ -32,6 +32,8 @@ class EngineDouble:
         self.log: list[str] = []
         self.sessions: list[SessionDouble] = []
         self.asked: Counter[str] = Counter()
+        self.experts = {"amalgamation": dict(zip(ARMS, (0.5, 0.3, 0.2), strict=True))}
+        """Of each mode, with their shares in every answer."""
         self.opened = threading.Event()
         self.threads: set[int] = set()
         self.starts = 0
@@ -87,7 +89,8 @@ class ClientDouble:
 
     def info(self) -> dict[str, Any]:
         experts = [{"name": name, "task": "", "classes": ["bright"]} for name in ARMS[1:]]
-        return {"arms": list(ARMS), "bundle": {"identity": "double", "experts": experts}}
+        names = {mode: list(shares) for mode, shares in self.engine.experts.items()}
+        return {"experts": names, "bundle": {"identity": "double", "experts": experts}}
 
     def open(self, array_kji: Any, ijk_to_ras: Any, name: str = "volume") -> SessionDouble:
         self.check()
@@ -226,11 +229,16 @@ class SessionDouble:
 
     # questions
 
-    def opinion(self, name: str, arm: str) -> Opinion:
+    def opinion(self, name: str, expert: str) -> Opinion:
         self._begin("opinion")
         matrix, samples = self._patch(name)
-        values = np.full(samples, 85 * (1 + ARMS.index(arm)), dtype=np.uint8)
-        return Opinion(arm, matrix, values, values // 3)
+        names = [name for shares in self.client.engine.experts.values() for name in shares]
+        if expert not in names:
+            message = f"there is no expert {expert!r} in this prediction."
+            raise SessionStateError(message)
+        at = names.index(expert)
+        values = np.full(samples, 85 * (1 + at) if at < len(ARMS) else 10 * at, dtype=np.uint8)
+        return Opinion(expert, matrix, values, values // 3)
 
     def disagreement(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         self._begin("disagreement")
@@ -351,7 +359,7 @@ class SessionDouble:
                 continue
             box = box or NOTHING
             crop = after[box.slices].copy() if box.size else np.zeros((0, 0, 0), bool)
-            shares = dict(zip(ARMS, (0.5, 0.3, 0.2), strict=True))
+            shares = {name: share for each in self.client.engine.experts.values() for name, share in each.items()}
             extent = Box.around(after) or NOTHING
             changes.append(
                 ObjectChange(

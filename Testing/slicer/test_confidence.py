@@ -57,6 +57,63 @@ def test_experts_are_listed_with_their_share_in_the_segment(a_logic, wait, here)
     assert len({row.color for row in a_logic.experts()}) == 3
 
 
+DECODERS = {"decoder general": 0.6, "decoder tiny_trunk": 0.0, "decoder tiny_brain": 0.4}
+VOTERS = {"head basic": 0.5, "head tiny_trunk": 0.25, "head adaptive 1": 0.25}
+
+
+def test_decoders_and_voters_are_listed_after_the_encoders(a_logic, an_engine, wait, here):
+    an_engine.experts |= {"decoders": DECODERS, "head": VOTERS}
+    a_logic.addPoint(here, True)
+    wait(a_logic)
+
+    rows = a_logic.experts()
+    titles = [
+        "Foundation", "Tiny trunk", "Tiny brain", "General decoder", "Tiny trunk decoder", "Tiny brain decoder",
+        "Basic voter", "Tiny trunk voter", "Adaptive 1 voter",
+    ]  # fmt: skip
+    assert [row.title for row in rows] == titles
+    assert [row.mode for row in rows] == ["amalgamation"] * 3 + ["decoders"] * 3 + ["head"] * 3
+    assert {row.name: row.share for row in rows[3:]} == DECODERS | VOTERS
+    assert len({row.color for row in rows}) == 9
+    assert [row.name for row in rows if row.canBeLeftOut] == ["tiny_trunk", "tiny_brain"]
+    for name in ("decoder tiny_trunk", "head basic"):
+        with pytest.raises(SessionStateError, match="expert must be one of"):
+            a_logic.setExpertEnabled(name, False)
+    a_logic.setExpertEnabled("tiny_brain", False)
+    assert [row.name for row in a_logic.experts() if not row.enabled] == ["tiny_brain"]
+
+
+def test_a_voter_is_shown_over_the_slices_and_asked_for_only_then(a_logic, an_engine, a_scene, wait, here):
+    an_engine.experts |= {"decoders": DECODERS, "head": VOTERS}
+    a_logic.addPoint(here, True)
+    wait(a_logic)
+    assert an_engine.asked["opinion"] == 0
+
+    a_logic.setExpertShown("head tiny_trunk", True)
+    a_logic.setExpertKind("head tiny_trunk", "share")
+    a_logic.setExpertShown("decoder general", True)
+    wait(a_logic)
+    assert a_logic.lastError == ""
+    nodes = overlays(a_scene)
+    assert set(nodes) == {"Tiny trunk voter share", "General decoder probability"}
+    opinion = an_engine.sessions[-1].opinion(a_logic.selectedSegment, "head tiny_trunk")
+    array = slicer.util.arrayFromVolume(nodes["Tiny trunk voter share"])
+    np.testing.assert_allclose(array, opinion.weight / 255, atol=1e-6)
+
+
+def test_what_no_longer_takes_part_is_not_asked_for(a_segmented_logic, an_engine, a_scene, wait, here):
+    """As with an encoder that was switched off before the latest prompt."""
+    a_segmented_logic.setExpertShown("tiny_brain", True)
+    wait(a_segmented_logic)
+    assert len(overlays(a_scene)) == 1
+    an_engine.experts["amalgamation"] = {"foundation": 0.6, "tiny_trunk": 0.4}
+    a_segmented_logic.addPoint(np.add(here, (3, 0, 0)), True)
+    wait(a_segmented_logic)
+
+    assert overlays(a_scene) == {}
+    assert a_segmented_logic.lastError == ""
+
+
 def test_overlays_that_are_off_cost_nothing(a_segmented_logic, a_scene, an_engine):
     assert an_engine.asked["opinion"] == an_engine.asked["disagreement"] == 0
     assert overlays(a_scene) == {}

@@ -497,6 +497,35 @@ def test_experts_are_rows_with_colour_share_and_title(an_open_panel, a_logic, tw
     assert all(table.horizontalHeaderItem(column).toolTip().endswith(".") for column in range(table.columnCount))
 
 
+def test_experts_of_several_modes_are_under_headings(an_open_panel, a_logic, two_experts) -> None:
+    from SlicerKA2ERLib.Protocols import ExpertRow
+
+    a_logic.expertRows += [
+        ExpertRow("decoder general", "General decoder", (1, 1, 1), 1.0, False, "share", 0.5, True, "decoders"),
+        ExpertRow("head basic", "Basic voter", (0.1, 0.2, 0.3), 0.4, False, "share", 0.5, True, "head"),
+        ExpertRow("head adaptive 1", "Adaptive 1 voter", (0.3, 0.2, 0.3), 0.6, False, "share", 0.5, True, "head"),
+    ]
+    a_logic.tell("experts")
+    table, rows = an_open_panel.ui.expertsTable, an_open_panel.experts.rows
+
+    assert [table.item(row, 0).text() for row in range(table.rowCount)] == [
+        "Merged encoders", "Foundation", "Liver and its tumours", "Mask decoders", "General decoder", "Voters",
+        "Basic voter", "Adaptive 1 voter",
+    ]  # fmt: skip
+    headings = [row for row in range(table.rowCount) if table.columnSpan(row, 0) == table.columnCount]
+    assert headings == [0, 3, 5]
+    assert all(table.item(row, 0).toolTip().endswith(".") for row in headings)
+    assert table.cellWidget(7, 1) is rows["head adaptive 1"].share
+    assert [name for name, row in rows.items() if row.enabled.enabled] == ["liver"]
+    rows["head adaptive 1"].shown.click()
+    assert a_logic.called("setExpertShown") == [("head adaptive 1", True)]
+
+    del a_logic.expertRows[2:]
+    a_logic.tell("experts")
+    assert [table.item(row, 0).text() for row in range(table.rowCount)] == ["Foundation", "Liver and its tumours"]
+    assert [table.columnSpan(row, 0) for row in range(2)] == [1, 1]
+
+
 def test_a_new_result_changes_the_shares_but_makes_no_new_rows(an_open_panel, a_logic, two_experts) -> None:
     a_logic.tell("experts")
     bar = an_open_panel.experts.rows["liver"].share

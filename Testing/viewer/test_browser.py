@@ -92,9 +92,25 @@ def test_shares_of_experts_and_expected_dice_are_shown_after_a_prompt(a_tab: Any
 
     a_tab.click("Red", a_tab.BALL)
 
-    shares = a_tab.page.locator(".experts .number").all_inner_texts()
-    assert 97 <= sum(int(share.rstrip(" %")) for share in shares) <= 103
+    for mode in ("amalgamation", "decoders", "head"):
+        shares = a_tab.page.locator(f"[data-mode={mode}] .number").all_text_contents()
+        assert len(shares) > 2
+        assert 95 <= sum(int(share.rstrip(" %")) for share in shares) <= 105
     assert a_tab.page.locator(".badge").inner_text().startswith("Dice to expect")
+
+
+def test_a_voter_is_shown_over_the_slices(a_tab: Any) -> None:
+    a_tab.click("Red", a_tab.BALL)
+    off = a_tab.picture("Red")
+    votes = a_tab.page.locator("[data-mode=head]")
+    voter = votes.locator("[data-expert='head basic'] .show-expert")
+    assert not voter.is_visible()
+
+    votes.locator("summary").click()
+    voter.click()
+
+    a_tab.until(lambda: np.abs(a_tab.picture("Red") - off).mean() > 0.3)
+    assert votes.locator("input[type=checkbox]").count() == 0
 
 
 def test_saved_files_read_back_with_the_segment_where_the_ball_is(a_tab: Any, tmp_path: Path) -> None:

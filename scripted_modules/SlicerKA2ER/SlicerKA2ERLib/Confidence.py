@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import colorsys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from KA2ERSegment.errors import SessionStateError
 from SlicerKA2ERLib.Conversation import Conversation
 from SlicerKA2ERLib.Overlays import Overlays
-from SlicerKA2ERLib.Protocols import Color, ExpertRow
+from SlicerKA2ERLib.Protocols import MODES, Color, ExpertRow
 
 FOUNDATION = "foundation"
 DISAGREEMENT = "disagreement"
 KINDS = ("probability", "share")
+KIND_WORDS = {"decoder": "decoder", "head": "voter"}
 MODALITIES = ("ct", "mr", "mri", "pet", "us")
 
 
@@ -46,31 +47,37 @@ class Confidence:
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
-    def arms(self) -> list[str]:
-        """Names as the engine has them, the foundation first; none before an engine answered."""
-        return [str(name) for name in self._engine.link.info.get("arms", ())]
+    def modes(self) -> dict[str, list[str]]:
+        """Names as the engine has them, in each mode the general one first; none before an engine answered."""
+        told = self._engine.link.info.get("experts", {})
+        return {mode: [str(name) for name in told[mode]] for mode in MODES if mode in told}
+
+    def names(self) -> list[str]:
+        return [name for names in self.modes().values() for name in names]
 
     def experts(self) -> list[str]:
-        """The arms that can be left out."""
-        return [name for name in self.arms() if name != FOUNDATION]
+        """Those that can be left out."""
+        return [name for name in self.modes().get(MODES[0], ()) if name != FOUNDATION]
 
     def rows(self, shares: Mapping[str, float], taking: frozenset[str] | None) -> list[ExpertRow]:
         tasks = {
             str(expert.get("name")): expert for expert in self._engine.link.info.get("bundle", {}).get("experts", ())
         }
-        arms = self.arms()
+        left = {*self.experts()} - {*(self.experts() if taking is None else taking)}
         return [
             ExpertRow(
                 name,
                 _title(name, tasks.get(name)),
-                colorOf(n, len(arms)),
+                colorOf(n, len(names), mode),
                 shares.get(name) if shares else None,
                 self._look(name).shown,
                 self._look(name).kind,
                 self._look(name).opacity,
-                name == FOUNDATION or taking is None or name in taking,
+                name not in left,
+                mode,
             )
-            for n, name in enumerate(arms)
+            for mode, names in self.modes().items()
+            for n, name in enumerate(names)
         ]
 
     @property
@@ -95,8 +102,8 @@ class Confidence:
         self._overlays.setOpacity(name, opacity)
 
     def _known(self, name: str) -> str:
-        if name not in self.arms() and name != DISAGREEMENT:
-            message = f"expert must be one of {', '.join(self.arms())}, got {name!r}."
+        if name not in self.names() and name != DISAGREEMENT:
+            message = f"expert must be one of {', '.join(self.names())}, got {name!r}."
             raise SessionStateError(message)
         return name
 
@@ -105,16 +112,17 @@ class Confidence:
 
     # -- showing -----------------------------------------------------------------------------------------------------
 
-    def show(self, volumeNode: Any, segmentationNode: Any, segment: str, hasAnswer: bool) -> None:
+    def show(self, volumeNode: Any, segmentationNode: Any, segment: str, answered: Collection[str]) -> None:
         """Bring the overlays up to date with a segment. Off costs nothing: only what is shown is asked for.
 
         Args:
-            hasAnswer: whether the engine has an opinion of that segment.
+            answered: experts that the engine has an opinion of for that segment; none before its first prediction.
         """
         if self._segment != (segmentationNode, segment):
             self._overlays.clear()
             self._segment = (segmentationNode, segment)
-        wanted = [name for name, look in self._looks.items() if look.shown] if hasAnswer and volumeNode else []
+        known = {*answered, DISAGREEMENT} if answered and volumeNode else set()
+        wanted = [name for name, look in self._looks.items() if look.shown and name in known]
         for name in self._overlays.names:
             if name not in wanted:
                 self._overlays.remove(name)
@@ -142,25 +150,30 @@ class Confidence:
         if name == DISAGREEMENT:
             (ijkToRas, values), title, color = answer, "Disagreement", (1.0, 0.9, 0.2)
         else:
-            arms = self.arms()
             ijkToRas = answer.ijk_to_ras
             values = answer.probability if look.kind == "probability" else answer.weight
             title = f"{_title(name, None)} {look.kind}"
-            color = colorOf(arms.index(name), len(arms))
+            color = next(row.color for row in self.rows({}, None) if row.name == name)
         self._overlays.put(name, title, color, look.opacity, shown.GetName(), ijkToRas, values, engine.volumeNode)
         engine.time("overlays", time.perf_counter() - self._began)
 
 
-def colorOf(n: int, count: int) -> Color:
-    """Evenly around the colour circle, the foundation white-blue."""
+def colorOf(n: int, count: int, mode: str = MODES[0]) -> Color:
+    """Evenly around the colour circle, the foundation white-blue; decoders are paler, voters darker."""
+    paler, darker = mode == "decoders", mode == "head"
     if n == 0:
-        return 0.6, 0.8, 1.0
-    return colorsys.hsv_to_rgb((0.08 + 0.83 * (n - 1) / max(1, count - 1)) % 1.0, 0.85, 1.0)
+        return (0.85, 0.92, 1.0) if paler else (0.42, 0.56, 0.7) if darker else (0.6, 0.8, 1.0)
+    hue = (0.08 + 0.83 * (n - 1) / max(1, count - 1)) % 1.0
+    return colorsys.hsv_to_rgb(hue, 0.45 if paler else 0.85, 0.7 if darker else 1.0)
 
 
 def _title(name: str, expert: Mapping[str, Any] | None) -> str:
+    """For people: the names of decoders and voters begin with a word that says so."""
     if name == FOUNDATION:
         return "Foundation"
+    kind, _, own = name.partition(" ")
+    if kind in KIND_WORDS and own:
+        return f"{_title(own, None)} {KIND_WORDS[kind]}"
     task = str(expert.get("task", "")) if expert else ""
     words = " ".join(word.upper() if word in MODALITIES else word for word in name.replace("_", " ").split())
     return f"{words[:1].upper()}{words[1:]}" + (f": {task}" if task and len(task) < 60 else "")

@@ -34,7 +34,7 @@ class Known:
         mtime: of its voxels in the scene when both agreed.
         differs: masking kept the engine's answer from being written as it was.
         quality: Dice that the engine expects.
-        shares: mean weight of each arm in it.
+        shares: mean weight of each expert in it.
     """
 
     mtime: int

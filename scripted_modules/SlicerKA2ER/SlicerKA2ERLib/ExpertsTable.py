@@ -9,7 +9,7 @@ from typing import Any
 import qt
 from slicer.i18n import tr as _
 
-from .Protocols import Color, ExpertRow, PromptLogicProtocol
+from .Protocols import MODES, Color, ExpertRow, PromptLogicProtocol
 
 KINDS = ("probability", "share")
 MOST_ROWS = 8
@@ -71,10 +71,18 @@ class ExpertsTable:
             self._refreshing = False
 
     def _makeRows(self, experts: list[ExpertRow]) -> None:
+        modes = [mode for mode in MODES if any(expert.mode == mode for expert in experts)]
+        headed = len(modes) > 1
+        self.table.clearSpans()
         self.table.setRowCount(0)
-        self.table.setRowCount(len(experts))
+        self.table.setRowCount(len(experts) + (len(modes) if headed else 0))
         self.rows = {}
-        for index, expert in enumerate(experts):
+        index, former = -1, ""
+        for expert in experts:
+            index += 1
+            if headed and expert.mode != former:
+                self._makeHeading(index, expert.mode)
+                index, former = index + 1, expert.mode
             item = qt.QTableWidgetItem(expert.title)
             item.setToolTip(expert.title)
             row = Row(item, qt.QProgressBar(), qt.QCheckBox(), qt.QComboBox(), qt.QSlider(), qt.QCheckBox())
@@ -90,9 +98,21 @@ class ExpertsTable:
                 self.table.setCellWidget(index, column, widget)
             self._connect(expert.name, row)
             self.rows[expert.name] = row
-        heights = [self.table.rowHeight(index) for index in range(min(len(experts), MOST_ROWS))]
+        heights = [self.table.rowHeight(index) for index in range(min(self.table.rowCount, MOST_ROWS))]
         header = self.table.fontMetrics().lineSpacing() + 10
         self.table.setFixedHeight(header + sum(heights) + 4)
+
+    def _makeHeading(self, index: int, mode: str) -> None:
+        """One line over the experts of a mode."""
+        text, tip = modeTexts()[mode]
+        item = qt.QTableWidgetItem(text)
+        item.setToolTip(tip)
+        item.setFlags(qt.Qt.ItemIsEnabled)
+        font = item.font()
+        font.setBold(True)
+        item.setFont(font)
+        self.table.setItem(index, 0, item)
+        self.table.setSpan(index, 0, 1, len(columnTexts()))
 
     def _connect(self, name: str, row: Row) -> None:
         logic, change = self._logic, self._change
@@ -119,7 +139,7 @@ class ExpertsTable:
         row.opacity.setEnabled(expert.shown)
         row.kind.setEnabled(expert.shown)
         row.enabled.setChecked(expert.enabled)
-        row.enabled.setEnabled(expert.name != "foundation")  # it always takes part
+        row.enabled.setEnabled(expert.canBeLeftOut)
 
 
 def swatch(color: Color) -> Any:
@@ -128,11 +148,29 @@ def swatch(color: Color) -> Any:
     return qt.QIcon(pixmap)
 
 
+def modeTexts() -> dict[str, tuple[str, str]]:
+    """Mode -> its name, and what experts do in it."""
+    return {
+        "amalgamation": (
+            _("Merged encoders"),
+            _("What they see is merged into one picture of the image, at each place by these shares (KA2ER)."),
+        ),
+        "decoders": (
+            _("Mask decoders"),
+            _("The general one always answers; the gate hears one specialist beside it, or none (SAM-Med3D-MoE)."),
+        ),
+        "head": (
+            _("Voters"),
+            _("Each corrects the decoders' answer; at each place they count by these shares (IC-MoE)."),
+        ),
+    }
+
+
 def columnTexts() -> dict[str, str]:
     """Header -> what the column means, in one sentence."""
     return {
-        _("Expert"): _("An encoder trained for a task of its own; the foundation was trained for all."),
-        _("Share"): _("How much it counted in the current segment, on average over the mask."),
+        _("Expert"): _("An encoder, a decoder or a voter of its own; the foundation was trained for all tasks."),
+        _("Share"): _("How much it counted in the current segment among its like, on average over the mask."),
         _("Show"): _("Shows it over the slices, with a colour legend."),
         _("What"): _("Probability: what this expert alone would answer. Share: where it was listened to."),
         _("Opacity"): _("Opacity of its overlay."),

@@ -705,7 +705,8 @@ class PromptLogic:
         """Ask for the overlays that are shown; nothing where none is."""
         segment = self.selectedSegment
         known = self._mirror.known.get(segment)
-        self._confidence.show(self.volumeNode, self.segmentationNode, segment, known is not None and bool(known.shares))
+        answered = known.shares if known is not None else ()
+        self._confidence.show(self.volumeNode, self.segmentationNode, segment, answered)
 
     def suggest(self) -> Ras | None:
         segment = self.selectedSegment

@@ -400,7 +400,7 @@ class PromptWidget:
         """Let the experts take part that the bundle's switches say."""
         off = self.settings.expertsOff(self.logic.bundleIdentity) if self.logic.bundleIdentity else ()
         for expert in self.logic.experts():
-            if expert.name != "foundation" and expert.enabled == (expert.name in off):
+            if expert.canBeLeftOut and expert.enabled == (expert.name in off):
                 self._try(self.logic.setExpertEnabled, expert.name, expert.name not in off)
 
     def onDeletePrompt(self, *_args: Any) -> None:

@@ -27,6 +27,9 @@ experts   the list of experts, or how one of them is shown
 prompts   a prompt was placed, moved or deleted
 """
 
+MODES = ("amalgamation", "decoders", "head")
+"""Of experts: their features are merged; one of them decodes; they vote on the answer."""
+
 Ras = tuple[float, float, float]
 Color = tuple[float, float, float]
 
@@ -72,17 +75,18 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class ExpertRow:
-    """One arm of the amalgamation.
+    """One expert.
 
     Args:
         name: as the engine calls it; "foundation" is the model without any expert.
         title: for people.
         color: of its overlay, 0..1.
-        share: mean weight inside the current segment, 0..1; None before the first prediction.
+        share: mean weight inside the current segment, 0..1; those of a mode sum to 1. None before the first prediction.
         shown: whether its overlay is in the slice views.
         kind: "probability" or "share": what the overlay shows.
         opacity: of the overlay, 0..1.
-        enabled: whether it takes part in the next predictions; always true for "foundation".
+        enabled: whether it takes part in the next predictions.
+        mode: how it takes part, one of MODES.
     """
 
     name: str
@@ -93,6 +97,12 @@ class ExpertRow:
     kind: str
     opacity: float
     enabled: bool
+    mode: str = "amalgamation"
+
+    @property
+    def canBeLeftOut(self) -> bool:
+        """Encoders can; the foundation always takes part, and decoders and voters do what their encoders are told."""
+        return self.mode == "amalgamation" and self.name != "foundation"
 
 
 class ClientProtocol(Protocol):
