@@ -7,10 +7,11 @@ equations are this project's own design. At strides 8 and 16:
     joint projection   z = GN(W_F F) + pos + u_0,  e_k = GN(W_k E_k) + pos + u_k
     level 1            z' = z + self-attention(LN z)                 within the foundation
     level 2            c_k = attention(LN z' -> LN e_k)              foundation to each expert, weights shared
-    level 3            a_k = softmax_k((A LN z').(B LN c_k)/sqrt(d) + b_k), c_0 = z'     across experts, per voxel
+    level 3            a_k = softmax_k((A LN z').(B LN c_k)/sqrt(d) + b_k + log pi_k), c_0 = z'   across experts
                        g = z' + W_o sum_k a_k c_k;  G = g + MLP(LN g)
 
-`c_0`, the "no expert" arm, makes "trust none of them" representable. Attention at stride 8 is global: a 64^3
+`c_0`, the "no expert" arm, makes "trust none of them" representable. `pi` says how likely the volume is one of each
+expert's (`domain.py`); without it all are alike. Attention at stride 8 is global: a 64^3
 patch has 512 tokens there, so windows would save nothing.
 
 That is the kind "hierarchical" of `AmalgamationPlans`. The others answer what each part of it brings; level 1 and the
@@ -80,7 +81,9 @@ class Amalgamation(nn.Module):
         """Whether experts' features are read at all."""
         return self.plans.enabled and self.plans.kind != "foundation"
 
-    def forward(self, foundation: Tensor, experts: list[Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, foundation: Tensor, experts: list[Tensor], present: Tensor, prior: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The amalgamated embedding and each arm's share.
 
         Args:
@@ -88,6 +91,7 @@ class Amalgamation(nn.Module):
             experts: for each expert (B, C_k, n, n, n); not read where experts are not asked.
             present: (B, K+1) bool, which arms may be used; arm 0 is "no expert". At least one per case. What no case
                 uses is not computed, and leaves no trace: the answer is that of a model without it.
+            prior: (B, K+1), log pi of level 3; the other kinds do not read it.
 
         Returns:
             embedding: (B, width, n, n, n).
@@ -106,7 +110,7 @@ class Amalgamation(nn.Module):
         if self.plans.kind == "concatenation":
             added, shares = self._concatenated(z, projected, heard)
         else:
-            added, shares = self._attended(z, projected, position, heard)
+            added, shares = self._attended(z, projected, position, heard, prior)
         g = z + added
         g = g + self.mlp(self.norm_mlp(g))
         weights = shares.new_zeros(len(shares), present.shape[1], shares.shape[2])
@@ -130,7 +134,7 @@ class Amalgamation(nn.Module):
         return tokens
 
     def _attended(
-        self, z: Tensor, projected: dict[int, Tensor], position: Tensor, heard: Tensor
+        self, z: Tensor, projected: dict[int, Tensor], position: Tensor, heard: Tensor, prior: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Levels 2 and 3: what is added to z', (B, N, C), and the shares of the arms in use, (B, arms, N)."""
         used, arms = [0, *projected], [z]
@@ -142,7 +146,10 @@ class Amalgamation(nn.Module):
         candidates = torch.stack(arms, dim=1)  # (B, arms, N, C)
         if self.plans.kind == "hierarchical":
             scores = (self.a(self.norm_a(z))[:, None] * self.b(self.norm_b(candidates))).sum(-1) / math.sqrt(self.width)
-            scores = (scores + self.bias[used, None]).masked_fill(~heard[:, used, None], float("-inf"))
+            scores = scores + self.bias[used, None]
+            if prior is not None:
+                scores = scores + prior[:, used, None]
+            scores = scores.masked_fill(~heard[:, used, None], float("-inf"))
             shares = scores.softmax(dim=1)
         else:
             alike = heard[:, used].float()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from KA2ERSegment.cancellation import checkpoint
 from KA2ERSegment.constraints import MARGIN, keep_change_local, keep_in_box, remove_islands
+from KA2ERSegment.domain import Fingerprint, log_prior
 from KA2ERSegment.errors import SessionStateError
 from KA2ERSegment.gate import GENERAL
 from KA2ERSegment.geometry import Box
@@ -218,7 +219,8 @@ class Answerer:
             checkpoint()
             raw = self._raw(image, inside, patch).to(self.device) if self.model.reads_raw else None
             with torch.inference_mode():
-                features = self.model.encode(normalise(image[None], inside[None]).to(self.device), raw=raw)
+                patch_image = normalise(image[None], inside[None]).to(self.device)
+                features = self.model.encode(patch_image, raw=raw, prior=self._prior)
         self.features[patch, experts] = features
         while len(self.features) > 1 and sum(kept.nbytes for kept in self.features.values()) > self._feature_bytes:
             self.features.popitem(last=False)
@@ -228,6 +230,12 @@ class Answerer:
         step = np.multiply(patch.step, self.canonical.spacing)[::-1].astype(np.float32)  # mm, KJI
         unit = torch.ones(1, dtype=torch.bool)
         return RawPatch(image[None], inside[None], torch.from_numpy(step)[None], self._statistics[None], unit)
+
+    @cached_property
+    def _prior(self) -> Tensor | None:
+        """(1, K+1), how likely the volume is one of each expert's; None where the plans do not say."""
+        prior = log_prior(self.plans, Fingerprint.of(self.canonical))
+        return None if prior is None else torch.from_numpy(prior)[None].float().to(self.device)
 
     @cached_property
     def _statistics(self) -> Tensor:

@@ -38,6 +38,7 @@ class PatchFeatures:
         embedding: (B, width, S/8, ...), amalgamated over the arms in `present`.
         weights: (B, K+1, S/8, ...), share of "no expert" and of each expert at stride 8.
         present: (B, K+1) bool, arms used.
+        prior: (B, K+1), log probability that the volume is one of each arm's (`domain.log_prior`), or None.
     """
 
     image: Tensor
@@ -48,6 +49,7 @@ class PatchFeatures:
     embedding: Tensor
     weights: Tensor
     present: Tensor
+    prior: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -124,13 +126,20 @@ class PromptableModel(nn.Module):
         """Whether an expert reads the patch by plans of its own, so that `encode` needs it in its own unit."""
         return self._asks_experts and any(cast("Expert", expert).reads_raw for expert in self.experts.values())
 
-    def encode(self, image: Tensor, present: Tensor | None = None, raw: RawPatch | None = None) -> PatchFeatures:
+    def encode(
+        self,
+        image: Tensor,
+        present: Tensor | None = None,
+        raw: RawPatch | None = None,
+        prior: Tensor | None = None,
+    ) -> PatchFeatures:
         """The slow part, once per patch.
 
         Args:
             image: (B, 2, S, S, S) from `preprocessing.normalise`.
             present: (B, K+1) bool, arms to use; all of them by default.
             raw: the same patches in their own unit; needed where `reads_raw`.
+            prior: (B, K+1), as in `PatchFeatures`; by default nothing is known of the volumes.
 
         Raises:
             ValueError: `raw` is needed and was not given.
@@ -145,8 +154,8 @@ class PromptableModel(nn.Module):
                 for expert in self.experts.values() if self._asks_experts else ():
                     experts.append(self._features(cast("Expert", expert), zscore, raw))
             stem = self.stem(quick_layout(image))
-        embedding, weights = self.amalgamate(foundation, experts, present)
-        return PatchFeatures(image, edge_costs(image), stem, foundation, experts, embedding, weights, present)
+        embedding, weights = self.amalgamate(foundation, experts, present, prior)
+        return PatchFeatures(image, edge_costs(image), stem, foundation, experts, embedding, weights, present, prior)
 
     def _features(self, expert: Expert, zscore: Tensor, raw: RawPatch | None) -> dict[int, Tensor]:
         """One expert's features at `STRIDES`."""
@@ -159,12 +168,16 @@ class PromptableModel(nn.Module):
         return expert.read(raw, STRIDES)
 
     def amalgamate(
-        self, foundation: dict[int, Tensor], experts: list[dict[int, Tensor]], present: Tensor
+        self,
+        foundation: dict[int, Tensor],
+        experts: list[dict[int, Tensor]],
+        present: Tensor,
+        prior: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """KA2ER's amalgamation at both strides, merged at stride 8: embedding and weights of its finer level."""
         with QuickConvolution():
             levels = {
-                stride: self.amalgamation[str(stride)](foundation[stride], [e[stride] for e in experts], present)
+                stride: self.amalgamation[str(stride)](foundation[stride], [e[stride] for e in experts], present, prior)
                 for stride in STRIDES
             }
             (fine, weights), (coarse, _) = levels[8], levels[16]
@@ -269,7 +282,7 @@ class PromptableModel(nn.Module):
         """The same patch with these arms alone; cheap, their features are there already."""
         present = torch.zeros_like(features.present)
         present[:, list(arms)] = True
-        embedding, weights = self.amalgamate(features.foundation, features.experts, present)
+        embedding, weights = self.amalgamate(features.foundation, features.experts, present, features.prior)
         return replace(features, embedding=embedding, weights=weights, present=present)
 
 

@@ -43,11 +43,11 @@ class FoundationPlans:
         _require(_is_count(self.window), "foundation.window", "a whole number above zero", self.window)
 
 
-SYSTEMS = ("experts", "gate", "voting", "calibration")
+SYSTEMS = ("experts", "domains", "gate", "voting", "calibration")
 """What `Plans.without` can switch off."""
 
 _WORDS = ("licence", "origin", "sha256", "note")
-_OPTIONAL = (*_WORDS, "spacing_kji", "normalisation", "axes")
+_OPTIONAL = (*_WORDS, "spacing_kji", "normalisation", "axes", "domain")
 """Fields of an expert that are written only where they say something: older versions read such a bundle too."""
 SCHEMES = (
     "CTNormalization", "ZScoreNormalization", "RescaleTo01Normalization", "RGBTo01Normalization", "NoNormalization"
@@ -84,6 +84,27 @@ class Normalisation:
 
 
 @dataclass(frozen=True, slots=True)
+class DomainPlans:
+    """The volumes that somebody was trained on, told by their fingerprints (`domain.py`)."""
+
+    mean: tuple[float, ...]
+    """Of the natural logarithms of `domain.FEATURES`."""
+    std: tuple[float, ...]
+    """Of the same, above zero."""
+    hounsfield: float
+    """Share of them in Hounsfield units, between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no distribution."""
+        four = isinstance(self.mean, tuple) and len(self.mean) == 4 and all(_is_number(value) for value in self.mean)
+        _require(four, "domain.mean", "four numbers", self.mean)
+        four = isinstance(self.std, tuple) and len(self.std) == 4 and all(_is_number(v) and v > 0 for v in self.std)
+        _require(four, "domain.std", "four numbers above zero", self.std)
+        part = _is_number(self.hounsfield) and 0 < self.hounsfield < 1
+        _require(part, "domain.hounsfield", "a number between 0 and 1", self.hounsfield)
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertPlans:
     """One nnU-Net expert."""
 
@@ -111,6 +132,8 @@ class ExpertPlans:
     """Of each input channel; the one image of a volume is read through each. Empty as `spacing_kji` is."""
     axes: tuple[int, ...] = ()
     """nnU-Net's `transpose_forward`: which of K, J, I is the network's first axis, and so on. Empty: in this order."""
+    domain: DomainPlans | None = None
+    """Volumes that it was trained on. None: not known, no volume speaks for or against it."""
 
     @property
     def reads_raw(self) -> bool:
@@ -138,6 +161,8 @@ class ExpertPlans:
         _require(known and bool(channels) == bool(spacing), f"expert {self.name!r}: normalisation", rule, channels)
         order = isinstance(axes, tuple) and (not axes or sorted(axes, key=str) == [0, 1, 2])
         _require(order, f"expert {self.name!r}: axes", "0, 1 and 2 in some order", axes)
+        known = self.domain is None or isinstance(self.domain, DomainPlans)
+        _require(known, f"expert {self.name!r}: domain", "mean, std and hounsfield", self.domain)
 
 
 AMALGAMATIONS = ("hierarchical", "cross_attention", "concatenation", "foundation")
@@ -154,6 +179,9 @@ class AmalgamationPlans:
     """Whether "trust none of the experts" is one of the arms that a voxel can choose."""
     enabled: bool = True
     """Off: the foundation's features alone, as if there were no experts."""
+    domain: DomainPlans | None = None
+    """Volumes of any kind: what no expert's domain explains better speaks for "none of them". None: no volume speaks
+    for or against anybody."""
 
     def __post_init__(self) -> None:
         """Refuse what nobody has defined."""
@@ -161,6 +189,8 @@ class AmalgamationPlans:
         for key in ("no_expert", "enabled"):
             value = getattr(self, key)
             _require(isinstance(value, bool), f"amalgamation.{key}", "true or false", value)
+        known = self.domain is None or isinstance(self.domain, DomainPlans)
+        _require(known, "amalgamation.domain", "mean, std and hounsfield", self.domain)
         attends = self.kind in ("hierarchical", "cross_attention")
         _require(self.no_expert or attends, "amalgamation.no_expert", f"true with kind {self.kind!r}", self.no_expert)
 
@@ -290,6 +320,9 @@ class Plans:
         for system in systems:
             if system == "experts":
                 plans = replace(plans, amalgamation=replace(plans.amalgamation, enabled=False))
+            elif system == "domains":
+                experts = tuple(replace(expert, domain=None) for expert in plans.experts)
+                plans = replace(plans, amalgamation=replace(plans.amalgamation, domain=None), experts=experts)
             elif system == "gate":
                 plans = replace(plans, gate=plans.gate and replace(plans.gate, enabled=False))
             elif system == "voting":
@@ -306,6 +339,8 @@ class Plans:
         data["experts"] = [
             {key: value for key, value in expert.items() if value or key not in _OPTIONAL} for expert in data["experts"]
         ]
+        if data["amalgamation"]["domain"] is None:
+            del data["amalgamation"]["domain"]
         default = Plans()
         for key in ("amalgamation", "gate", "voting", "calibration"):  # older versions read a bundle without them too
             if getattr(self, key) == getattr(default, key):
@@ -324,15 +359,22 @@ class Plans:
             values["experts"] = tuple(_expert(expert) for expert in values.get("experts", ()))
             for key, kind in (("amalgamation", AmalgamationPlans), ("gate", GatePlans), ("voting", VotingPlans)):
                 if values.get(key) is not None:
-                    values[key] = kind(**_tuples(values[key]))
+                    values[key] = kind(**_with_domain(_tuples(values[key])))
             return cls(**_tuples(values))
         except (TypeError, AttributeError) as error:
             message = f"plans: {error}. The bundle was written by another version or by hand."
             raise BundleError(message) from error
 
 
+def _with_domain(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of something that may have a domain, with the domain read."""
+    if values.get("domain") is not None:
+        values["domain"] = DomainPlans(**_tuples(values["domain"]))
+    return values
+
+
 def _expert(data: Mapping[str, Any]) -> ExpertPlans:
-    values = _tuples(data)
+    values = _with_domain(_tuples(data))
     values["normalisation"] = tuple(Normalisation(**channel) for channel in values.get("normalisation", ()))
     return ExpertPlans(**values)
 

@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from KA2ERSegment.bundle import read_json_object, sha256_of
+from KA2ERSegment.domain import Fingerprint
 from KA2ERSegment.errors import BundleError
-from KA2ERSegment.plans import SCHEMES, ExpertPlans, Normalisation
+from KA2ERSegment.plans import SCHEMES, DomainPlans, ExpertPlans, Normalisation
 
 SPACING_MM = (0.01, 50.0)
 """Spacings outside this range are mistakes, or no medical images."""
+SPREAD = 0.5
+"""Standard deviation of the logarithms of spacing and extent in a data set of which only medians are known."""
 _WINDOW = ("percentile_00_5", "percentile_99_5", "mean", "std")
 """What CTNormalization takes from the plans, for each channel."""
 _LIBRARY = "dynamic_network_architectures.architectures.unet."
@@ -89,6 +92,7 @@ class Results:
             spacing_kji=tuple(spacing[axes.index(axis)] for axis in range(3)),
             normalisation=_normalisation(plans, settings, dataset, folder),
             axes=() if axes == (0, 1, 2) else axes,
+            domain=_domain(plans, dataset),
         )
         k, j, i = settings["patch_size"]
         return cls(expert, weights, outputs, regions, (k, j, i), file)
@@ -286,6 +290,24 @@ def _spacing(settings: dict[str, Any], folder: Path) -> tuple[float, float, floa
     )
     k, j, i = cast("list[float]", spacing)
     return float(k), float(j), float(i)
+
+
+def _domain(plans: dict[str, Any], dataset: dict[str, Any]) -> DomainPlans | None:
+    """The volumes that it was planned on, as far as plans tell: by their medians. None where they do not."""
+    given = [plans.get(f"original_median_{what}_after_transp") for what in ("spacing", "shape")]
+    plain = all(isinstance(three, list) and len(three) == 3 and all(_is_length(n) for n in three) for three in given)
+    channels = dataset.get("channel_names", dataset.get("modality"))
+    if not plain or not isinstance(channels, dict):
+        return None
+    spacing, shape = cast("list[list[float]]", given)
+    extent = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))
+    mean = Fingerprint(tuple(spacing), extent, None).features()
+    is_ct = any(str(name).lower() == "ct" for name in channels.values())  # by this nnU-Net itself tells CT apart
+    return DomainPlans(tuple(round(float(value), 4) for value in mean), (SPREAD,) * 4, 0.98 if is_ct else 0.02)
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
 def _classes(dataset: dict[str, Any], folder: Path) -> tuple[tuple[str, ...], bool]:

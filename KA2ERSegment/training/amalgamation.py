@@ -24,6 +24,7 @@ from KA2ERSegment.plans import Plans
 from KA2ERSegment.training import losses
 from KA2ERSegment.training.card import write_bundle
 from KA2ERSegment.training.distillation import Distillation, Overheard, overhear
+from KA2ERSegment.training.domains import with_domains
 from KA2ERSegment.training.experts import trained_decoders, trained_encoders
 from KA2ERSegment.training.run import Run, describe, fit, take_fitting
 from KA2ERSegment.training.sampling import TargetDataset, encoded
@@ -181,7 +182,8 @@ def _train(run: Run, stage: str, start: Bundle | None) -> None:
         )
         model = copy.deepcopy(module.model)
         model.mask_decoder.shrink(share)
-        write_bundle(folder, plans, tensors_by_name(model), run.items, about, run.settings["share_alike"])
+        told = with_domains(plans, run.items, run.tasks) if around_experts else plans
+        write_bundle(folder, told, tensors_by_name(model), run.items, about, run.settings["share_alike"])
 
     leave_unfinished = functools.partial(leave, run.unfinished)
     trainer = fit(module, dataset, run.output / stage, run, **fitting, leave=leave_unfinished)

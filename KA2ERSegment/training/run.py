@@ -231,7 +231,7 @@ def take_fitting(options: dict[str, Any]) -> dict[str, Any]:
 
 def base(plans: Plans) -> Plans:
     """The plans with experts switched off, and without what later stages add: what a bundle is begun from."""
-    return replace(plans.without("experts"), gate=None, voting=None, calibration={})
+    return replace(plans.without("experts", "domains"), gate=None, voting=None, calibration={})
 
 
 def digest(tensors: Mapping[str, Tensor], without: tuple[str, ...]) -> str:

@@ -113,6 +113,9 @@ def test_what_nnunet_trained_becomes_an_expert(a_found_expert: FoundExpert, a_re
     assert plans.spacing_kji == pytest.approx((1.1, 0.9, 0.9))
     assert plans.normalisation == (Normalisation("ZScoreNormalization"),)
     assert plans.axes == ()
+    assert plans.domain is not None, "nnU-Net's plans hold the medians of what it was trained on"
+    assert np.exp(plans.domain.mean[:2]) == pytest.approx((0.9, 1.1 / 0.9), rel=0.01)
+    assert plans.domain.hounsfield < 0.1
 
 
 @pytest.mark.parametrize("name", ["nnUNetPlans", "residual", "anisotropic", "pair", "regions"])
@@ -140,6 +143,10 @@ def test_axes_spacing_and_window_are_those_of_the_plans(a_lab: Path) -> None:
     numbers = written["foreground_intensity_properties_per_channel"]["0"]
     window = {key: numbers[key] for key in ("percentile_00_5", "percentile_99_5", "mean", "std")}
     assert plans.normalisation == (Normalisation("CTNormalization", **window),)
+    assert plans.domain is not None
+    assert plans.domain.hounsfield > 0.9
+    spacing = sorted(written["original_median_spacing_after_transp"])
+    assert np.exp(plans.domain.mean[:2]) == pytest.approx((spacing[0], spacing[2] / spacing[0]), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["pair", "anisotropic"])

@@ -85,7 +85,7 @@ class FakeModel:
     def to(self, device: torch.device) -> FakeModel:
         return self
 
-    def encode(self, image: torch.Tensor, raw: None = None) -> SimpleNamespace:
+    def encode(self, image: torch.Tensor, raw: None = None, prior: None = None) -> SimpleNamespace:
         self.encoded += 1
         weights = torch.full((1, 2, 4, 4, 4), 0.5)
         return SimpleNamespace(image=image, weights=weights, nbytes=4 * image.numel())
