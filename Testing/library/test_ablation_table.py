@@ -81,3 +81,13 @@ def test_tables_and_pictures_of_two_rows_and_nothing_is_run_twice(
     )  # another bundle in the same place: its results must not pass for the old ones
     with pytest.raises(KA2ERError, match="got other values of method"):
         script.main(words)
+
+
+def test_times_of_rows_are_measured_in_turn_and_nothing_is_evaluated(script: Any, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny").folder
+    script.main([f"all={bundle}", f"bare={bundle}:experts", "--times", "1", "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "times.json").read_text())["rows"]
+    assert list(found) == ["all", "bare"]
+    assert all(row["seconds_per_patch"] > 0 and row["seconds_per_click"] > 0 for row in found.values())
+    assert (tmp_path / "out" / "times.md").read_text().count("\n") == 4
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"times.json", "times.md"}
