@@ -53,7 +53,7 @@ class Look:
         clicks: that were given after the first prompt.
         dice: of the mask.
         quality: Dice that was predicted.
-        reliability: of the mask's probability and of each arm's, by name.
+        reliability: of the mask's probability and of each expert's of every mode, by name.
         roc_disagreement: area under the ROC curve of the experts' disagreement for "this voxel is wrong"; None where
             all or none of the voxels are.
         roc_doubt: the same of min(p, 1 - p), the mask's own doubt.
@@ -176,17 +176,17 @@ def look_at(prediction: Prediction, truth: BoolArray, clicks: int, rng: np.rando
     said = np.zeros(len(kji), dtype=np.float32)
     said[inside] = probability[tuple((kji[inside] - there.start[::-1]).T)]
     reliability = {MASK: Reliability.of(said, true)}
-    weights: dict[str, float] = {}
+    weights, votes = {}, {}
+    voters = dict(zip(prediction.modes.get(HEAD, ()), prediction.voters, strict=True))
     seen = prediction.patch.box(prediction.canonical.shape_kji)
     known = np.all((kji >= seen.start[::-1]) & (kji < seen.stop[::-1]), axis=1)
-    for arm in prediction.arms:
-        opinion, share = (_values(samples, prediction.patch, kji) for samples in prediction.opinion_on_patch(arm))
-        reliability[arm] = Reliability.of(np.where(known, opinion, 0), true)
-        weights[arm] = _mean(share[known & true])
-    votes = {
-        voter: _mean(_values(prediction.opinion_on_patch(name)[1], prediction.patch, kji[known & true]))
-        for voter, name in zip(prediction.voters, prediction.modes.get(HEAD, ()), strict=True)
-    }
+    for name in prediction.experts:
+        opinion, share = (_values(samples, prediction.patch, kji) for samples in prediction.opinion_on_patch(name))
+        reliability[name] = Reliability.of(np.where(known, opinion, 0), true)
+        if name in prediction.arms:
+            weights[name] = _mean(share[known & true])
+        elif name in voters:
+            votes[voters[name]] = _mean(share[known & true])
     wrong = mask[tuple(kji.T)] != true
     disagreement = np.where(known, _values(prediction.disagreement_on_patch(), prediction.patch, kji), 0)
     return Look(
@@ -226,9 +226,9 @@ def try_object(session: Session, volume: Volume, truth: BoolArray, seed: str, wi
     """
     rng = seed_of(seed, str(with_box))
     session.set_volume(volume)
-    looks = [look_at(session.add(_first_prompt(volume, truth, with_box, rng)), truth, 0, rng)]
+    looks = [look_at(session.add(first_prompt(volume, truth, with_box, rng)), truth, 0, rng)]
     for _ in range(LATE):
-        if not _click(session, "protocol", truth, rng):
+        if not click_on(session, "protocol", truth, rng):
             break
     if (late := len(session.prompts()) - 1) > 0:
         looks.append(look_at(_present(session), truth, late, rng))
@@ -241,7 +241,7 @@ def try_object(session: Session, volume: Volume, truth: BoolArray, seed: str, wi
         clicks[policy] = 0 if with_box else 1
         while (now := dice(_present(session).mask, truth)) < GOAL and clicks[policy] < MOST_CLICKS:
             unsuggested += policy == "suggested" and session.suggest() is None
-            _click(session, policy, truth, rng)
+            click_on(session, policy, truth, rng)
             clicks[policy] += 1
         ended[policy] = now
     reached = {policy: now >= GOAL for policy, now in ended.items()}
@@ -253,7 +253,8 @@ def _present(session: Session) -> Prediction:
     return session.prediction
 
 
-def _first_prompt(volume: Volume, truth: BoolArray, with_box: bool, rng: np.random.Generator) -> Prompt:
+def first_prompt(volume: Volume, truth: BoolArray, with_box: bool, rng: np.random.Generator) -> Prompt:
+    """A box as a hand draws it, or a click in the middle of the object."""
     if with_box:
         box = drawn_box(truth, rng)
         return BoxPrompt.from_ijk(box.start, box.stop, volume)
@@ -262,7 +263,7 @@ def _first_prompt(volume: Volume, truth: BoolArray, with_box: bool, rng: np.rand
     return PointPrompt.from_ijk(click[0], volume, Polarity.POSITIVE)
 
 
-def _click(session: Session, policy: str, truth: BoolArray, rng: np.random.Generator) -> bool:
+def click_on(session: Session, policy: str, truth: BoolArray, rng: np.random.Generator) -> bool:
     """Click where a policy says, with the sign that is true there; False where there is no error to click on.
 
     Where nothing is suggested the user clicks anywhere in the error.

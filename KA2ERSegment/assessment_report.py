@@ -19,16 +19,17 @@ from KA2ERSegment.assessment import (
     Assessment,
     Look,
     canonical_item,
+    click_on,
+    first_prompt,
     own_expert,
 )
 from KA2ERSegment.calibration import NEAR_MM, Reliability, spearman
 from KA2ERSegment.charts import chart_of_reliability
-from KA2ERSegment.evaluation import dice, drawn_box, next_click
+from KA2ERSegment.evaluation import dice
 from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.manifests import Target, seed_of
 from KA2ERSegment.pictures import Opinions, picture_of_opinions
 from KA2ERSegment.prediction import FloatImage, Prediction
-from KA2ERSegment.prompts import BoxPrompt, PointPrompt
 from KA2ERSegment.session import Session
 
 FOUNDATION = "foundation"
@@ -64,7 +65,7 @@ def by_source(objects: Iterable[Assessed]) -> dict[str, list[Assessed]]:
 
 
 def reliability(objects: Iterable[Assessed]) -> dict[str, Reliability]:
-    """Curves of the mask and of each arm; each source counts the same, and in it each prediction."""
+    """Curves of the mask and of each expert; each source counts the same, and in it each prediction."""
     curves: dict[str, Reliability] = {}
     for members in by_source(objects).values():
         looks = [look for _, look in _looks(members)]
@@ -155,17 +156,18 @@ def _clicks(objects: Sequence[Assessed], with_box: bool) -> dict[str, dict[str, 
 def markdown(found: Mapping[str, Any]) -> str:
     """Tables of a `summary`."""
     settings, errors, quality, routing = (found[key] for key in ("settings", "errors_found", "quality", "routing"))
-    arms = [name for name in found["calibration_error"] if name != MASK]
+    arms = list(next(iter(routing["sources"].values()))["weights"])
     lines = [
         f"{settings['bundle']}, split {settings['split']}: {found['objects']} objects, {found['predictions']} "
         f"predictions (after a box or click, and after {LATE} more clicks); voxels within {NEAR_MM:g} mm of the "
         "object; every source counts the same.",
         "",
-        "| expected calibration error | " + " | ".join(found["calibration_error"]) + " |",
-        "|---|" + "---|" * len(found["calibration_error"]),
-        "| | " + " | ".join(_cell(value) for value in found["calibration_error"].values()) + " |",
+        "| expected calibration error | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(value)} |" for name, value in found["calibration_error"].items()),
         "",
         "![Reliability](reliability.png)",
+        *(["![Decoders and voters](reliability_heads.png)"] if len(found["calibration_error"]) > len(arms) + 1 else []),
         "",
         "| which voxels are wrong: area under the ROC curve | |",
         "|---|---|",
@@ -237,11 +239,20 @@ def _clicks_table(clicks: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(assessment: Assessment, folder: Path) -> dict[str, Any]:
-    """Write `assessment.json`, `assessment.md` and `reliability.png`; returns the summary."""
+    """Write `assessment.json`, `assessment.md` and pictures of the reliability; returns the summary.
+
+    `reliability.png` has the mask and the arms, `reliability_heads.png` the mask, decoders and voters if there are any.
+    """
     found = summary(assessment)
     (folder / "assessment.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     (folder / "assessment.md").write_text(markdown(found), encoding="utf-8")
-    chart_of_reliability(folder / "reliability.png", reliability(assessment.objects))
+    curves = reliability(assessment.objects)
+    arms = {name for _, look in _looks(assessment.objects) for name in look.weights}
+    encoders = {name: curve for name, curve in curves.items() if name == MASK or name in arms}
+    heads = {name: curve for name, curve in curves.items() if name not in arms}
+    chart_of_reliability(folder / "reliability.png", encoders)
+    if len(heads) > 1:
+        chart_of_reliability(folder / "reliability_heads.png", heads, "Reliability of decoders and voters")
     return found
 
 
@@ -295,11 +306,12 @@ def _after(target: Target, session: Session, clicks: int) -> tuple[Prediction, B
     truth = labels == target.label
     session.set_volume(volume)
     rng = seed_of(target.item.id, str(target.label))
-    box = drawn_box(truth, rng)
-    prediction = session.add(BoxPrompt.from_ijk(box.start, box.stop, volume))
+    session.add(first_prompt(volume, truth, True, rng))
     for _ in range(clicks):
-        if (click := next_click(prediction.mask, truth, rng)) is not None:
-            prediction = session.add(PointPrompt.from_ijk(click[0], volume, click[1]))
+        if not click_on(session, "protocol", truth, rng):
+            break
+    prediction = session.prediction
+    assert prediction is not None, "there was a prompt"
     return prediction, truth
 
 

@@ -287,8 +287,11 @@ class Plans:
     voting: VotingPlans | None = None
     """None: the bundle has no voting head."""
     calibration: Mapping[str, float] = field(default_factory=dict)
-    """Temperature by which logits are divided before they become probabilities: of each arm by its name, and of the
-    whole model as "mask"; 1 where nothing is said. A mask does not change by it."""
+    """Temperature by which logits are divided before they become probabilities: of each expert by its name in
+    `Prediction.experts`, and of the whole model as "mask"; 1 where nothing is said. A mask does not change by it."""
+
+    shrink: float | None = None
+    """Share of the learnt part of the logits that the weights hold (`MaskDecoder.shrink`); None: not noted."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can be built from."""
@@ -307,6 +310,8 @@ class Plans:
         heat = self.calibration
         fitted = isinstance(heat, Mapping) and all(_is_number(value) and value > 0 for value in heat.values())
         _require(fitted, "calibration", "a temperature above zero for each name", heat)
+        held = self.shrink
+        _require(held is None or (_is_number(held) and held > 0), "shrink", "a number above zero, or nothing", held)
         names = [expert.name for expert in self.experts]
         unique = len(set(names)) == len(names) and "foundation" not in names
         _require(unique, "expert names", "unique and not 'foundation'", names)
@@ -342,7 +347,8 @@ class Plans:
         if data["amalgamation"]["domain"] is None:
             del data["amalgamation"]["domain"]
         default = Plans()
-        for key in ("amalgamation", "gate", "voting", "calibration"):  # older versions read a bundle without them too
+        later = ("amalgamation", "gate", "voting", "calibration", "shrink")
+        for key in later:  # older versions read a bundle without them too
             if getattr(self, key) == getattr(default, key):
                 del data[key]
         return data

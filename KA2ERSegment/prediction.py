@@ -176,8 +176,8 @@ class Prediction:
         gate: weight that the gate gives to each mask decoder, by name, "general" first; empty without a gate.
         decoders: the mask decoders that were heard, with their shares in the mask, "general" first. A specialist is
             heard where its weight is above the gate's threshold (SAM-Med3D-MoE, arXiv 2407.04938).
-        calibration: temperature by which logits are divided before they are probabilities, of each arm by its name
-            and of the whole model as "mask"; 1 where nothing is said. The mask does not depend on it.
+        calibration: temperature by which logits are divided before they are probabilities, of each of `experts` by its
+            name and of the whole model as "mask"; 1 where nothing is said. The mask does not depend on it.
         decoder: computes the logits (S, S, S) of one mask decoder alone, by its name in `gate`.
         voters: names of the experts of the voting head; none where there is no such head, or a hand drew the mask.
         votes: (voters, n, n, n) float32, their shares in the vote as `weights` has those of the arms.
@@ -318,19 +318,26 @@ class Prediction:
 
         0 where no voxel of the volume is within a step of the sample. `opinion_crop` is linear between them.
         """
+        probability = self._probable(self.logits_of(name), name)
+        if name in self.arms:
+            weight = self._weight_on_patch(self.arms.index(name))
+        elif name in self.modes.get(DECODERS, ()):
+            weight = np.full(probability.shape, self.shares[name], dtype=np.float32)
+        else:
+            weight = self.ballots().weights[self.voters.index(name.removeprefix(_VOTER))]
+        read = self.patch.read_by(self.canonical.shape_kji)
+        return probability * read, weight * read
+
+    def logits_of(self, name: str) -> FloatImage:
+        """What one of `experts` alone answers, logits (S, S, S) without its temperature; KeyError for others."""
         if name not in self.experts:
             raise KeyError(name)
         if name in self.arms:
-            at = self.arms.index(name)
-            probability, weight = self._probable(self.opinion(at), name), self._weight_on_patch(at)
-        elif name in self.modes.get(DECODERS, ()):
-            probability = self._probable(self.decoder(name.removeprefix(_DECODER)))
-            weight = np.full(probability.shape, self.shares[name], dtype=np.float32)
-        else:
-            at, ballots = self.voters.index(name.removeprefix(_VOTER)), self.ballots()
-            probability, weight = self._probable(ballots.opinions[at]), ballots.weights[at]
-        read = self.patch.read_by(self.canonical.shape_kji)
-        return probability * read, weight * read
+            return self.opinion(self.arms.index(name))
+        if name in self.modes.get(DECODERS, ()):
+            return self.decoder(name.removeprefix(_DECODER))
+        logits: FloatImage = self.ballots().opinions[self.voters.index(name.removeprefix(_VOTER))]
+        return logits
 
     def opinion_crop(self, name: str) -> tuple[Box, FloatImage, FloatImage]:
         """Probability and weight of one of `experts` within the patch; KeyError for others."""

@@ -3,9 +3,9 @@
 Fitted on items of split `train` that were held out, in sessions as users have them (a box or a click, then clicks in
 the error), on samples of the patch within 10 mm of the object, every source counting the same. Sources with too few
 subjects to hold one out lend items that the weights have seen, and the card says so: temperatures of the heart alone
-would be worse. One temperature for the mask and one for each arm (`KA2ERSegment.calibration`); each is kept only where,
-fitted without a source, it lowers the calibration error on that source. Nothing but plans and card changes: every mask
-stays as it was.
+would be worse. One temperature for the mask and one for each expert of every mode (`KA2ERSegment.calibration`); each is
+kept only where, fitted without a source, it lowers the calibration error on that source. Nothing but plans and card
+changes: every mask stays as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from KA2ERSegment.evaluation import drawn_box, next_click
 from KA2ERSegment.experts import Content
 from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.manifests import seed_of
-from KA2ERSegment.prediction import Prediction
+from KA2ERSegment.prediction import Prediction, experts_by_mode
 from KA2ERSegment.preprocessing import sample_nearest
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt
 from KA2ERSegment.session import Session
@@ -51,7 +51,7 @@ class Samples:
     """What the model said of samples whose truth is known.
 
     Args:
-        names: of the columns: the mask, then each arm.
+        names: of the columns: the mask, then each expert as in `Prediction.experts`.
         logits: (N, names) float32.
         truth: (N,) bool.
         weights: (N,), the same sum for each source, and in it for each prediction.
@@ -81,7 +81,7 @@ class Calibrated:
     """What was fitted, and what is kept of it.
 
     Args:
-        fitted: temperature of the mask and of each arm.
+        fitted: temperature of the mask and of each expert.
         error_before: expected calibration error of the samples, as they are.
         error_after: the same with temperatures that were fitted without the source they are used on.
         sources: how many.
@@ -158,7 +158,9 @@ def collect(
         raise KA2ERError(message)
     count = Counter(sources)
     each = [np.full(len(true), 1 / len(true) / count[name]) for true, name in zip(truths, sources, strict=True)]
-    names = (MASK, *session.model.arms)
+    model = session.model
+    by_mode = experts_by_mode(model.arms, model.decoders, model.voters).values()
+    names = (MASK, *(name for members in by_mode for name in members))
     which = np.concatenate([np.full(len(true), number) for number, true in enumerate(truths)])
     return Samples(names, np.concatenate(logits), np.concatenate(truths), np.concatenate(each), which, tuple(sources))
 
@@ -191,16 +193,16 @@ def _session_on(
 def _samples(
     prediction: Prediction, truth: BoolArray, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.float32], BoolArray]:
-    """Logits (n, 1 + arms) and truth (n,) of random samples near the object, none where it is not in the patch."""
+    """Logits (n, 1 + experts) and truth (n,) of random samples near the object, none where it is not in the patch."""
     canonical = prediction.canonical
     true = sample_nearest(prediction.volume.to_canonical(truth), prediction.patch).astype(bool)
     if not true.any():
-        return np.zeros((0, 1 + len(prediction.arms)), dtype=np.float32), np.zeros(0, dtype=bool)
+        return np.zeros((0, 1 + len(prediction.experts)), dtype=np.float32), np.zeros(0, dtype=bool)
     step = (np.array(prediction.patch.step) * canonical.spacing)[::-1]
     near = ndimage.distance_transform_edt(~true, sampling=step) <= NEAR_MM
     at = np.flatnonzero(near & prediction.patch.read_by(canonical.shape_kji))
     at = rng.choice(at, min(SAMPLES, len(at)), replace=False)
-    columns: list[npt.NDArray[Any]] = [prediction.logits, *map(prediction.opinion, range(len(prediction.arms)))]
+    columns: list[npt.NDArray[Any]] = [prediction.logits, *map(prediction.logits_of, prediction.experts)]
     return np.stack([column.ravel()[at] for column in columns], axis=1), true.ravel()[at]
 
 

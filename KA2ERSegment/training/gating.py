@@ -36,7 +36,7 @@ from KA2ERSegment.training.card import with_section
 from KA2ERSegment.training.feeding import Feed, workers_for
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.observing import Observations, observe
-from KA2ERSegment.training.run import Run, Unfinished, digest, made_for, on_rank_zero, wait_for_all
+from KA2ERSegment.training.run import Run, Unfinished, digest, made_for, on_first_rank
 from KA2ERSegment.training.sampling import TargetDataset
 from KA2ERSegment.training.specialists import SECTION
 from KA2ERSegment.training.stages import seeded
@@ -84,9 +84,7 @@ def train_gate(run: Run, start: Bundle) -> None:
         VolumeError: no item without an expert is held out: forgetting could not be seen.
         Unfinished: the call's time is up.
     """
-    if on_rank_zero():
-        _train_gate(run, Content.of(start))
-    wait_for_all()
+    on_first_rank(lambda: _train_gate(run, Content.of(start)))
     run.clock.began = time.monotonic()
 
 

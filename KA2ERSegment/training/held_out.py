@@ -88,7 +88,7 @@ def compare(
     generator = torch.Generator(device)
     generator.manual_seed(SEED)
     rows, shares, of_task = [], [], []
-    for drawn in islice(_cases(items, options, tasks), patches):
+    for _, drawn in islice(cases_in_turn(items, options, tasks), patches):
         batch = {key: value[None].to(device) for key, value in drawn.items()}
         target, image = batch["target"], batch["image"]
         if not bool(drawn["real"]):
@@ -138,16 +138,17 @@ def _named(names: Sequence[str], shares: Tensor) -> dict[str, float]:
     return {name: round(float(share), 4) for name, share in zip(names, shares, strict=True)}
 
 
-def _cases(
+def cases_in_turn(
     items: Sequence[TrainingItem], options: SamplingOptions, tasks: Sequence[ClassMap]
-) -> Iterator[dict[str, Tensor]]:
-    """Cases without end, the same at each call: one item of each source in turn."""
+) -> Iterator[tuple[TrainingItem, dict[str, Tensor]]]:
+    """Items and cases of them without end, the same at each call: one item of each source in turn."""
     rng = np.random.default_rng(SEED)
     sources: dict[str, list[TrainingItem]] = {}
     for item in items:
         sources.setdefault(item.source, []).append(item)
     for turn in count():
         for members in sources.values():
-            case = draw_case(members[turn % len(members)], options, rng, tasks)
+            item = members[turn % len(members)]
+            case = draw_case(item, options, rng, tasks)
             if case is not None:
-                yield case
+                yield item, case

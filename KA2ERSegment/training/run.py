@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from KA2ERSegment.convolution import SoundConvolution
+from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.plans import ExpertPlans, Plans
 from KA2ERSegment.training.feeding import Feed, Throughput, workers_for
 from KA2ERSegment.training.items import TrainingItem, split_held_out
@@ -231,7 +232,7 @@ def take_fitting(options: dict[str, Any]) -> dict[str, Any]:
 
 def base(plans: Plans) -> Plans:
     """The plans with experts switched off, and without what later stages add: what a bundle is begun from."""
-    return replace(plans.without("experts", "domains"), gate=None, voting=None, calibration={})
+    return replace(plans.without("experts", "domains"), gate=None, voting=None, calibration={}, shrink=None)
 
 
 def digest(tensors: Mapping[str, Tensor], without: tuple[str, ...]) -> str:
@@ -259,10 +260,22 @@ def on_rank_zero() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
-def wait_for_all() -> None:
-    """Let the other ranks wait until this one has come as far."""
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Let the first rank do something alone, and the others wait. What ends it ends the call on all of them."""
+    failed: Exception | None = None
+    if on_rank_zero():
+        try:
+            work()
+        except Exception as error:
+            failed = error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        told = [None if failed is None else (isinstance(failed, Unfinished), str(failed))]
+        torch.distributed.broadcast_object_list(told)  # a barrier too
+        if failed is None and told[0] is not None:
+            unfinished, text = told[0]
+            failed = Unfinished(text) if unfinished else KA2ERError(f"the first rank failed: {text}")
+    if failed is not None:
+        raise failed
 
 
 def describe(device: torch.device, ranks: int) -> str:

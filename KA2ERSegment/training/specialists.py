@@ -26,7 +26,7 @@ from KA2ERSegment.plans import GatePlans
 from KA2ERSegment.training import losses
 from KA2ERSegment.training.calibrate import uncalibrated
 from KA2ERSegment.training.card import with_section
-from KA2ERSegment.training.run import Run, digest, fit, made_for, on_rank_zero, take_fitting, wait_for_all
+from KA2ERSegment.training.run import Run, digest, fit, made_for, on_first_rank, take_fitting
 from KA2ERSegment.training.sampling import TargetDataset, encoded
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
 from KA2ERSegment.training.stages import Stage, seeded
@@ -123,7 +123,10 @@ def train_specialists(run: Run, start: Bundle) -> None:
     missing = [name for name, file in files.items() if not made_for(file, base)]
     for name in missing:
         _train(run, content, name, dict(options), files[name], base)
-    if on_rank_zero() and (missing or not _has_them(run.bundle, names, base)):
+
+    def write() -> None:
+        if not missing and _has_them(run.bundle, names, base):
+            return
         kept = {n: t for n, t in content.tensors.items() if not n.startswith(("specialists.", "gate."))}
         for name, file in files.items():
             kept |= {f"specialists.{name}.{tensor}": values for tensor, values in load_file(file).items()}
@@ -133,7 +136,8 @@ def train_specialists(run: Run, start: Bundle) -> None:
         card = with_section(content.card, SECTION, text)
         changed = replace(content, plans=plans, tensors=kept, card=card)
         uncalibrated(changed).save(run.bundle, force=True)
-    wait_for_all()
+
+    on_first_rank(write)
 
 
 def _has_them(folder: Path, names: tuple[str, ...], base: str) -> bool:

@@ -18,7 +18,7 @@ from KA2ERSegment.experts import Content
 from KA2ERSegment.model import PromptableModel
 from KA2ERSegment.plans import AmalgamationPlans, Plans
 from KA2ERSegment.training import losses
-from KA2ERSegment.training.amalgamation import draw_arms
+from KA2ERSegment.training.amalgamation import draw_arms, shares_of_all
 from KA2ERSegment.training.distillation import Distillation, overhear
 from KA2ERSegment.training.encoded import EncodedBatch, EncodedCase, together
 from KA2ERSegment.training.simulation import first_prompts, next_prompts
@@ -178,7 +178,7 @@ def _loss(
     loss = loss + 0.2 * losses.quality_loss(decoded.quality, decoded.logits, batch.target)
     total = loss.mean()
     if routed and variant.plans.kind == "hierarchical":
-        total = total + 0.05 * losses.routing_loss(features.weights, batch.task * present.all(1), batch.target)
+        total = total + 0.05 * losses.routing_loss(shares_of_all(model, features), batch.task, batch.target)
     if variant.features:
         total = total + variant.features * teacher.feature_loss(model, heard, batch.task)
     return total

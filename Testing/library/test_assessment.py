@@ -40,12 +40,12 @@ from KA2ERSegment.cli import app
 from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import BoolArray
 from KA2ERSegment.manifests import Item, Target, seed_of
-from KA2ERSegment.plans import ExpertPlans
+from KA2ERSegment.plans import ExpertPlans, GatePlans, VotingPlans
 from KA2ERSegment.prediction import Ballots, PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch
 from KA2ERSegment.prompts import BoxPrompt
 from KA2ERSegment.session import Session
-from KA2ERSegment.testing import tiny_bundle
+from KA2ERSegment.testing import tiny_bundle, tiny_plans
 from KA2ERSegment.volume import Volume
 
 SHAPE = (14, 18, 22)
@@ -61,7 +61,11 @@ def labels_kji() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def a_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+    """With experts of every mode."""
+    names = ("tiny_trunk", "tiny_brain")
+    voting = VotingPlans(names, prototypes=4, adaptive=2, top=1, rank=2, width=8)
+    plans = replace(tiny_plans(), gate=GatePlans(names, hidden=8), voting=voting)
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny", plans)
 
 
 @pytest.fixture
@@ -134,13 +138,20 @@ def test_a_look_says_who_was_heard_and_how_votes_were_weighed() -> None:
         a_prediction(truth, plain, [plain, plain], [0.5, 0.5]),
         gate={"general": 0.3, "one": 0.7},
         decoders={"general": 0.3, "one": 0.7},
+        decoder=lambda name: (plain if name == "one" else -plain).astype(np.float32),
         voters=("base", "heart"),
+        votes=np.full((2, 1, 1, 1), 0.5, dtype=np.float32),
         ballots=lambda: Ballots(np.stack([inside, 1 - inside]), np.zeros((2, 16, 16, 16), dtype=np.float32)),
     )
     look = look_at(prediction, truth, 0, seed_of("look"))
     assert look.gate == {"general": 0.3, "one": 0.7}
     assert look.heard == ("general", "one")
     assert look.votes == pytest.approx({"base": 0.8, "heart": 0.2})
+    assert list(look.reliability) == [
+        "mask", "foundation", "one", "decoder general", "decoder one", "head base", "head heart"
+    ]  # fmt: skip
+    assert look.reliability["decoder one"].error == pytest.approx(look.reliability["one"].error)
+    assert look.reliability["decoder general"].error > 0.5, "it says the opposite"
 
 
 def test_the_own_expert_knows_modality_and_region() -> None:
@@ -247,7 +258,10 @@ def test_an_assessment_is_saved_resumed_and_written(
         for trial in entry.trials:
             assert all(0 <= count <= 2 for count in trial.clicks.values())
             assert all(look.weights.keys() == {"foundation", "tiny_trunk", "tiny_brain"} for look in trial.looks)
-            assert sum(trial.looks[0].weights.values()) == pytest.approx(1, abs=0.02)
+            first = trial.looks[0]
+            for weights in (first.weights, first.gate, first.votes):
+                assert sum(weights.values()) == pytest.approx(1, abs=0.02)
+            assert {"mask", "tiny_brain", "decoder general", "head adaptive 2"} < first.reliability.keys()
     with pytest.raises(KA2ERError, match="no earlier results"):
         assess([a_manifest], session, folder, max_objects_per_item=1, max_items_per_source=1)
     with pytest.raises(KA2ERError, match="max_items_per_source"):
@@ -260,8 +274,13 @@ def test_an_assessment_is_saved_resumed_and_written(
     found = write_report(again, folder)
     assert json.loads((folder / "assessment.json").read_text()) == json.loads(json.dumps(found))
     text = (folder / "assessment.md").read_text()
-    assert "| expected calibration error | mask | foundation | tiny_trunk | tiny_brain |" in text
-    assert (folder / "reliability.png").stat().st_size > 1000
+    assert "| expected calibration error | |" in text
+    for name in ("mask", "foundation", "tiny_brain", "decoder tiny_trunk", "head basic"):
+        assert f"\n| {name} | {found['calibration_error'][name]:.3f} |" in text
+    assert "| mean weight inside the object | images | own expert | foundation | tiny_trunk | tiny_brain |" in text
+    for name in ("reliability.png", "reliability_heads.png"):
+        assert f"({name})" in text
+        assert (folder / name).stat().st_size > 1000
 
     words = ["assess", str(a_manifest), "--bundle", str(a_bundle.folder), "--max-items-per-source", "1", "--json"]
     result = CliRunner().invoke(app, [*words, "--output", str(folder), "--resume"])
@@ -302,7 +321,7 @@ def test_every_source_counts_the_same_and_the_routing_table_is_worked_out_by_han
         "reached": pytest.approx(1 / 3),
         "dice": pytest.approx(0.7),
     }
-    assert "| b | MR heart | heart | 0.200 | 0.300 | 0.500 |" not in markdown(found)  # no arm has a curve here
+    assert "| b | MR heart | heart | 0.200 | 0.300 | 0.500 |" in markdown(found)
     text = markdown(found)
     assert "in 50 % of predictions" in text
     assert "| mean weight of the gate | general | heart | a specialist is heard in |" in text

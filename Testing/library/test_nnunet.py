@@ -542,12 +542,43 @@ def test_without_images_the_command_says_that_the_expert_does_not_count(
     assert "not trained" in (larger / "model_card.md").read_text()
 
 
-def test_a_refused_expert_leaves_no_bundle(a_copy: Path, a_bundle: Bundle, tmp_path: Path) -> None:
-    (a_copy / "dataset.json").unlink()
-    done = run("add", str(a_copy), "--to", str(a_bundle.folder), "--output", str(tmp_path / "larger"), "--json")
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder, _: (folder / "plans.json").unlink(), "plans.json"),
+        (lambda folder, _: (folder / "dataset.json").unlink(), "dataset.json"),
+        (lambda folder, _: ((folder / "plans.json").unlink(), (folder / "plans.pkl").touch()), "nnU-Net v1"),
+        (lambda folder, trace: checkpoint_of(folder).write_bytes(pickle.dumps(Shout(trace))), "must be a checkpoint"),
+        (
+            lambda folder, _: rewrite_json(
+                folder / "dataset.json", lambda d: d.update(channel_names={"0": "T1", "1": "T2"})
+            ),
+            "one normalisation scheme for each input channel",
+        ),
+        (
+            lambda folder, _: rewrite_json(
+                folder / "plans.json", lambda p: configuration(p).update(spacing=[25.0, 25.0, 25.0])
+            ),
+            "about the spacing that the expert was planned for",
+        ),
+    ],
+    ids=["no plans", "no dataset", "nnU-Net v1", "a pickle that is code", "other channels", "spacing of 20 times"],
+)
+def test_a_refused_expert_leaves_no_bundle(
+    a_copy: Path,
+    a_bundle: Bundle,
+    a_raw_dataset: RawDataset,
+    tmp_path: Path,
+    spoil: Callable[[Path, Path], Any],
+    words: str,
+) -> None:
+    spoil(a_copy, tmp_path / "it ran")
+    given = ("--to", str(a_bundle.folder), "--output", str(tmp_path / "larger"), "--json")
+    done = run("add", str(a_copy), *given, "--images", str(a_raw_dataset.folder), "--minutes", "0.01")
 
     assert done.exit_code == 1
-    assert json.loads(done.stdout)["kind"] == "BundleError"
-    assert not (tmp_path / "larger").exists()
-    assert [p.name for p in tmp_path.iterdir()] == [DATASET]
+    said = json.loads(done.stdout)
+    assert words in said["error"]
+    assert said["kind"] in ("BundleError", "VolumeError")
+    assert [p.name for p in tmp_path.iterdir()] == [DATASET], "no bundle, and no code was run"
     assert load_bundle(a_bundle.folder).checksums == a_bundle.checksums

@@ -12,9 +12,13 @@ from KA2ERSegment.bundle import Bundle, load_bundle
 from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.experts import Content
 from KA2ERSegment.geometry import Box
-from KA2ERSegment.testing import tiny_bundle
+from KA2ERSegment.plans import GatePlans, VotingPlans
+from KA2ERSegment.prompts import PointPrompt
+from KA2ERSegment.session import Session
+from KA2ERSegment.testing import tiny_bundle, tiny_plans
 from KA2ERSegment.training.calibrate import ITEMS, Samples, calibrate, collect, fit, items_to_fit_on, with_calibration
 from KA2ERSegment.training.items import TrainingItem
+from KA2ERSegment.volume import Volume
 
 
 def an_item(name: str = "one", source: str = "a/repo", image: bool = True) -> TrainingItem:
@@ -83,6 +87,32 @@ def test_samples_are_near_the_object_and_sources_count_the_same(a_bundle: Bundle
     np.testing.assert_array_equal(samples.logits[samples.prediction < again.prediction.max() + 1], again.logits)
     with pytest.raises(KA2ERError, match="items with image and labels"):
         collect(a_bundle, [an_item(image=False)])
+
+
+def test_decoders_and_voters_have_temperatures_too(tmp_path: Path) -> None:
+    names = ("tiny_trunk", "tiny_brain")
+    voting = VotingPlans(names, prototypes=4, adaptive=1, top=1, rank=2, width=8)
+    plans = replace(tiny_plans(), gate=GatePlans(names, hidden=8), voting=voting)
+    bundle = tiny_bundle(tmp_path / "tiny", plans)
+    samples = collect(bundle, [an_item()], clicks=0)
+    decoders, voters = ("general", *names), ("basic", *names, "adaptive 1")
+    others = (*(f"decoder {name}" for name in decoders), *(f"head {name}" for name in voters))
+
+    assert samples.names == ("mask", "foundation", *names, *others)
+    assert samples.logits.shape == (len(samples.truth), 11)
+    columns = dict(zip(samples.names, samples.logits.T, strict=True))
+    assert not np.allclose(columns["decoder tiny_trunk"], columns["decoder tiny_brain"], atol=1e-2)
+    found = samples.logits[:, samples.names.index("head basic")]
+    session = Session(bundle, device="cpu")
+    volume = Volume(an_item().images[0], np.diag([1.0, 1.2, 2.5, 1.0]))
+    session.bundle = replace(bundle, plans=replace(plans, calibration={"head basic": 4.0, "decoder general": 2.0}))
+    session.set_volume(volume)
+    prediction = session.add(PointPrompt.from_ijk((10, 9, 6), volume))
+    for name, temperature in (("head basic", 4.0), ("decoder general", 2.0), ("decoder tiny_brain", 1.0)):
+        read = prediction.patch.read_by(prediction.canonical.shape_kji)
+        expected = 1 / (1 + np.exp(-prediction.logits_of(name) / temperature)) * read
+        np.testing.assert_allclose(prediction.opinion_on_patch(name)[0], expected, atol=1e-5)
+    assert found.std() > 0.01
 
 
 def test_held_out_items_come_first_and_small_sources_lend_some_that_were_learnt_from() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,42 @@ def test_specialists_that_are_done_are_not_trained_again(a_start: Bundle, tmp_pa
 
     assert sorted(written) == ["specialist-tiny_brain.safetensors", "specialist-tiny_trunk.safetensors"]
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("specialist-*.safetensors")} == written
+
+
+ONE_OF_TWO_RANKS = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+tests, folder, bundle, rank = sys.argv[1:]
+sys.path.insert(0, tests)
+from test_gating import Clock, Unfinished, a_run, load_bundle, train_gate
+
+meet = (Path(folder) / "meet").as_uri()
+torch.distributed.init_process_group(
+    "gloo", init_method=meet, rank=int(rank), world_size=2, timeout=timedelta(seconds=120)
+)
+rank_zero_only.rank = int(rank)
+start = load_bundle(bundle)
+try:
+    train_gate(a_run(Path(folder) / "run", start, clock=Clock(stop_at=0.0)), start)
+except Unfinished as stopped:
+    print("unfinished:", stopped)
+"""
+
+
+def test_several_ranks_end_together_where_the_call_must_end(with_specialists: Bundle, tmp_path: Path) -> None:
+    """The second one has nothing to do, and would wait for the first one for ever."""
+    given = [str(Path(__file__).parent), str(tmp_path), str(with_specialists.folder)]
+    command = [sys.executable, "-c", ONE_OF_TWO_RANKS, *given]
+    ranks = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, text=True) for rank in "01"]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+
+    assert ["unfinished: gate" in each for each in said] == [True, True]
+    assert [rank.returncode for rank in ranks] == [0, 0]
 
 
 def test_stages_without_what_they_need_say_so(a_start: Bundle, with_specialists: Bundle, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_run_leaves_a_bundle_that_loads_builds_and_answers(a_finished_run: Pat
     with torch.no_grad():
         features = model.encode(torch.randn(1, 2, 32, 32, 32))
 
-    assert bundle.plans.without("domains") == tiny_plans()
+    assert bundle.plans.without("domains") == replace(tiny_plans(), shrink=1.0)
     assert bundle.plans.amalgamation.domain is not None, "so a session tells whose volume it sees"
     assert features.embedding.isfinite().all()
     card = (a_finished_run / "bundle" / "model_card.md").read_text()
@@ -162,19 +162,31 @@ def test_a_bundle_is_calibrated_in_its_place_and_can_be_begun_from(
     assert begun == [hot.folder]
 
 
-def test_a_run_can_begin_from_a_bundle(a_workplace: Path, a_finished_run: Path, tmp_path: Path) -> None:
-    """No expert is trained again, and with no step left to do the answer is the bundle's own, shrunk and all."""
+@pytest.mark.parametrize("noted", [None, 1.0])
+def test_a_run_can_begin_from_a_bundle(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path, noted: float | None
+) -> None:
+    """No expert is trained again, and with no step left to do the answer is the bundle's own.
+
+    A bundle that notes no share of the learnt logits holds the config's; one that notes another is brought to that.
+    """
     config = settings(shrink=0.5, amalgamation=settings()["amalgamation"] | {"steps": 1, "learning_rate": 0.0})
     output = tmp_path / "further"
+    content = Content.of(load_bundle(a_finished_run / "bundle"))
+    assert content.plans.shrink == 1
+    before = replace(content, plans=replace(content.plans, shrink=noted)).save(tmp_path / "start")
 
-    result = run(a_workplace, output, "--start", str(a_finished_run / "bundle"), config=config)
+    result = run(a_workplace, output, "--start", str(before.folder), config=config)
 
     assert result.exit_code == 0, result.output
     assert not (output / "tiny_trunk").exists(), "its stage was run"
-    before, after = load_bundle(a_finished_run / "bundle"), load_bundle(output / "bundle")
+    after = load_bundle(output / "bundle")
+    assert after.plans.shrink == 0.5
     former, weights = before.weights(), after.weights()
     assert former.keys() == weights.keys()
-    assert all(torch.equal(former[name], weights[name]) for name in former)
+    scaled = ("mask_decoder.token_to_filter.2.", "mask_decoder.bias.") if noted else ()
+    for name in former:
+        assert torch.equal(former[name] * (0.5 if name.startswith(scaled) else 1), weights[name]), name
     assert f"begun from bundle {before.identity}" in (output / "bundle" / "model_card.md").read_text()
 
 

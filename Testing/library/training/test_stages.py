@@ -13,9 +13,9 @@ from KA2ERSegment.build import build_model, tensors_by_name
 from KA2ERSegment.encoders.expert import build_network
 from KA2ERSegment.plans import Plans
 from KA2ERSegment.testing import tiny_plans
-from KA2ERSegment.training.amalgamation import PromptableStage
+from KA2ERSegment.training.amalgamation import PromptableStage, draw_arms, shares_of_all
 from KA2ERSegment.training.experts import ExpertStage
-from KA2ERSegment.training.sampling import Mode
+from KA2ERSegment.training.sampling import Mode, encoded
 
 PLANS = tiny_plans()
 
@@ -119,6 +119,48 @@ def test_the_amalgamation_learns_and_its_experts_do_not(monkeypatch: pytest.Monk
     still = {name for name in found.keys() - given.keys() if found[name] == begun[name]}
     assert not {name for name in still if name.startswith(("foundation.", "merge.", "mask_decoder.", "amalgamation."))}
     assert logged["features"] > 0
+
+
+def test_expert_dropout_leaves_nobody_in_a_quarter_of_the_cases_and_each_expert_in_half() -> None:
+    generator, cases = torch.Generator().manual_seed(0), 40_000
+    present = draw_arms(cases, 4, generator)
+    foundation, experts = present[:, 0], present[:, 1:]
+    share = {name: float(rows.float().mean()) for name, rows in {
+        "nobody": ~experts.any(1), "all experts": experts.all(1), "all arms": present.all(1),
+        "no foundation": ~foundation, "an expert alone": (present.sum(1) == 1) & ~foundation,
+    }.items()}  # fmt: skip
+
+    assert present.dtype == torch.bool
+    assert present.any(1).all()
+    assert foundation[~experts.any(1)].all()
+    assert share["nobody"] == pytest.approx(0.25, abs=0.01)
+    assert (~experts).float().mean(0).tolist() == pytest.approx([0.49] * 3, abs=0.015)
+    assert share["all experts"] == pytest.approx(0.75 * (2 / 3) ** 3, abs=0.01)
+    assert share["all arms"] == pytest.approx(0.75**2 * (2 / 3) ** 3, abs=0.01)
+    assert share["no foundation"] == pytest.approx(0.75 * 0.25, abs=0.01)
+    assert share["an expert alone"] > 0.03
+
+
+@pytest.mark.parametrize("experts", [0, 1])
+def test_expert_dropout_of_few_experts(experts: int) -> None:
+    present = draw_arms(20_000, experts + 1, torch.Generator().manual_seed(0))
+    nobody = float((~present[:, 1:].any(1)).float().mean())
+
+    assert present.shape == (20_000, experts + 1)
+    assert present.any(1).all()
+    assert nobody == pytest.approx(0.25, abs=0.01) if experts else bool(present.all())
+
+
+def test_the_routing_loss_asks_one_expert_among_all_of_them_whoever_is_dropped() -> None:
+    torch.manual_seed(5)
+    model, batch = build_model(PLANS), a_batch()
+    present = torch.tensor([[True, False, True], [True, False, False]])
+    with torch.no_grad():
+        some, everyone = encoded(model, batch, batch["image"], present), encoded(model, batch, batch["image"])
+
+    assert not some.weights[:, 1].any()
+    torch.testing.assert_close(shares_of_all(model, some), everyone.weights)
+    assert shares_of_all(model, everyone) is everyone.weights
 
 
 def test_the_foundation_learns_without_experts(monkeypatch: pytest.MonkeyPatch) -> None:
