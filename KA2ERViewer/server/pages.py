@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FRAME = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>KA2ER Segment</title>
-<meta name="viewport" content="width=device-width">{head}<style>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">{head}<style>
 body {{ margin: 0; height: 100vh; display: grid; place-items: center; background: #0b0e13; color: #e6ebf2;
   font: 16px system-ui, sans-serif; }}
 main {{ text-align: center; max-width: 28rem; padding: 2rem; }} p {{ color: #a3afc0; line-height: 1.5; }}

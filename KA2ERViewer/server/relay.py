@@ -17,6 +17,10 @@ OURS = {"host", "cookie", "origin", "content-length", *HOP_BY_HOP}
 """Headers that are not passed on: the cookie is nothing that a page's process needs to know."""
 ELSEWHERE = 4001
 """WebSocket code: the session was opened in another tab."""
+PING, PONG = "ka2er?", "ka2er!"
+"""A page asks whether we still hear it: see page.js. Neither is passed on."""
+FAREWELL = 1.0
+"""Seconds that a tab has to answer when another one takes its session: a connection that died never does."""
 LARGEST = 64 << 20
 """Bytes of one WebSocket message: an image of a 4K screen."""
 
@@ -48,11 +52,13 @@ async def pass_on(request: web.Request, session: Session, path: str, client: Cli
 
 async def pass_socket(request: web.Request, session: Session, client: ClientSession) -> web.StreamResponse:
     """The connection of a tab. The latest tab has the session; an earlier one is told so."""
-    browser = web.WebSocketResponse(max_msg_size=LARGEST, heartbeat=20)
+    # Most of it are pictures, which are compressed already: doing so again would only take time.
+    browser = web.WebSocketResponse(max_msg_size=LARGEST, heartbeat=20, compress=False)
     await browser.prepare(request)
     earlier, session.browser = session.browser, browser
     if isinstance(earlier, web.WebSocketResponse):
-        await earlier.close(code=ELSEWHERE, message=b"opened in another tab")
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(earlier.close(code=ELSEWHERE, message=b"opened in another tab"), FAREWELL)
     try:
         async with client.ws_connect(
             f"http://127.0.0.1:{session.port}/ws", headers={SECRET_HEADER: session.secret}, max_msg_size=LARGEST
@@ -77,7 +83,9 @@ async def _pump(
 ) -> None:
     with contextlib.suppress(ConnectionError):
         async for message in source:
-            if message.type is WSMsgType.TEXT:
+            if message.type is WSMsgType.TEXT and message.data == PING:
+                await source.send_str(PONG)
+            elif message.type is WSMsgType.TEXT:
                 await target.send_str(message.data)
             elif message.type is WSMsgType.BINARY:
                 await target.send_bytes(message.data)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -20,10 +23,12 @@ PATIENCE = 300.0
 
 
 class Cable:
-    """A cable between browser and viewer that can be cut and mended."""
+    """A cable between browser and viewer that can be cut, swallow what is sent, and be mended."""
 
     def __init__(self, port: int) -> None:
         self._target, self._plugged, self._ends = port, True, set()
+        self._swallowed: list[socket.socket] = []
+        self._swallows, self.answers = False, 0
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -34,12 +39,19 @@ class Cable:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def swallow(self) -> None:
+        """From now on nothing arrives, and nobody is told: as when a network goes away. What was open stays so."""
+        self._swallows = True
+
     def mend(self) -> None:
-        self._plugged = True
+        """For new connections; those that were swallowed stay as they are."""
+        self._plugged, self._swallows = True, False
 
     def close(self) -> None:
         self.cut()
         self._listening.close()
+        for end in self._swallowed:
+            end.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -47,6 +59,9 @@ class Cable:
                 near, _ = self._listening.accept()
                 if not self._plugged:
                     near.close()
+                    continue
+                if self._swallows:
+                    self._swallowed.append(near)
                     continue
                 far = socket.create_connection(("127.0.0.1", self._target))
                 self._ends |= {near, far}
@@ -56,6 +71,10 @@ class Cable:
     def _carry(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while content := source.recv(1 << 16):
+                if self._swallows or source in self._swallowed:
+                    self._swallowed += [source, target]
+                    continue
+                self.answers += content.count(b"ka2er!")  # to the page, which asks whether it is heard
                 target.sendall(content)
         for end in (source, target):
             self._ends.discard(end)
@@ -92,6 +111,35 @@ def test_page_says_that_the_connection_is_lost_and_comes_back_with_its_state(
     assert not tab.state("can_undo")
 
 
+def test_connection_that_dies_without_a_word_is_noticed_and_comes_back_with_its_state(
+    a_cable: Cable, open_tab: Callable[..., Any]
+) -> None:
+    tab = open_tab(f"http://localhost:{a_cable.port}/")
+    tab.click("Red", tab.BALL)
+    address = tab.page.url
+
+    a_cable.swallow()
+    tab.page.locator("#lost").wait_for()
+    assert "connection was lost" in tab.page.locator("#lost").inner_text()
+    a_cable.mend()
+
+    tab.page.locator("#lost").wait_for(state="detached")
+    tab.wait_until_ready()
+    assert tab.page.url == address
+    assert tab.page.locator(".segments li").count() == 1
+    tab.click("Red", (tab.BALL[0] + 8, *tab.BALL[1:]))
+    assert tab.state("prompt_count") == 2
+
+
+def test_quiet_connection_is_not_taken_for_a_dead_one(a_cable: Cable, open_tab: Callable[..., Any]) -> None:
+    tab = open_tab(f"http://localhost:{a_cable.port}/")
+    heard = a_cable.answers
+
+    tab.until(lambda: a_cable.answers >= heard + 4)
+
+    assert tab.page.locator("#lost").count() == 0
+
+
 def test_nothing_is_asked_for_that_is_not_there(a_viewer: Any, a_page: Any) -> None:
     wrong: list[str] = []
     a_page.on("response", lambda one: wrong.append(f"{one.status} {one.url}") if one.status >= 400 else None)
@@ -126,6 +174,28 @@ def test_ctrl_c_ends_pages_engine_and_files(
     assert viewer.process.wait(PATIENCE) == 0
     _until(lambda: not any(_runs(one) for one in started))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("ka2er")] == []
+
+
+def test_engine_that_runs_already_is_used_and_outlives_the_viewer(
+    another_viewer: Callable[..., Any], open_tab: Callable[..., Any], a_phantom: Path
+) -> None:
+    command = [sys.executable, "-m", "KA2ERSegment.cli", "serve", "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine:
+        assert engine.stdout is not None
+        told = json.loads(engine.stdout.readline())
+        address = f"http://127.0.0.1:{told['port']}"
+        viewer = another_viewer(str(a_phantom), "--engine", address, "--api-key", told["api_key"])
+        tab = open_tab(viewer.url)
+
+        tab.click("Red", tab.BALL)
+
+        assert tab.voxels("Segment_1").any()
+        names = [Path(f"/proc/{one}/cmdline").read_text() for one in _descendants(viewer.process.pid)]
+        assert not [name for name in names if "KA2ERSegment.engine" in name]
+        viewer.process.send_signal(signal.SIGINT)
+        assert viewer.process.wait(PATIENCE) == 0
+        assert engine.poll() is None
+        engine.terminate()
 
 
 def test_viewer_does_not_start_on_a_port_that_is_taken(another_viewer: Callable[..., Any], a_phantom: Path) -> None:

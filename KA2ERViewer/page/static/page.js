@@ -151,8 +151,29 @@ window.WebSocket = class extends RealSocket {
   constructor(...given) {
     super(...given);
     this.addEventListener("close", (event) => lost(event.code));
+    listenTo(this);
   }
 };
+
+// A network that goes away without a word closes nothing. So ask the server now and then, whatever the session does, and
+// give up after two questions without an answer: one may fall into a moment in which the computer slept.
+const PING = "ka2er?", PONG = "ka2er!", EVERY = 3000, UNANSWERED = 2;
+function listenTo(socket) {
+  let waiting = 0, asking = 0;
+  const ask = () => {
+    if (waiting === UNANSWERED) {
+      socket.close();
+      return void lost(0);
+    }
+    waiting += 1;
+    socket.send(PING);
+  };
+  socket.addEventListener("message", (event) => {
+    waiting = 0;
+    if (event.data === PONG) event.stopImmediatePropagation(); // trame knows nothing of it
+    asking ||= setInterval(() => (socket.readyState === RealSocket.OPEN ? ask() : clearInterval(asking)), EVERY);
+  });
+}
 
 let leaving = false;
 addEventListener("beforeunload", () => { leaving = true; });
@@ -175,7 +196,7 @@ function lost(code) {
 async function comeBack(words) {
   for (;;) {
     await new Promise((done) => setTimeout(done, 1000));
-    const answer = await fetch("alive", { cache: "no-store" }).catch(() => null);
+    const answer = await fetch("alive", { cache: "no-store", signal: AbortSignal.timeout(5000) }).catch(() => null);
     if (answer?.ok) return location.reload(); // all state is in the session's process: it comes back with the page
     if (answer?.status === 404) return void (words.textContent = "This session is over. Reload to begin another one.");
   }
