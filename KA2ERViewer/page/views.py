@@ -14,6 +14,7 @@ ENDS = {"Red": ("I", "S"), "Green": ("P", "A"), "Yellow": ("L", "R")}
 OVER = """
 <div class="view-head"><span class="view-dot" style="background: {color}"></span><span class="view-title">{title}</span>
   {where}</div>
+{legends}
 <div class="view-buttons">
   <button type="button" aria-label="Fit the volume into the {title} view" title="Fit"
           @click="trigger('fit', ['{name}'])"><v-icon size="1rem">mdi-fit-to-page-outline</v-icon></button>
@@ -24,6 +25,15 @@ OVER = """
 {slider}
 """
 WHERE = '<span class="view-where" v-if="has_volume">{{{{ slice_{name}_text }}}}</span>'
+LEGENDS = """
+<ul class="legends" v-if="quality >= 0">
+  <li v-for="row in experts.filter((one) => one.shown)" :key="row.name" :style="{{ '--color': row.color }}">
+    <span>{{{{ row.title.split(': ')[0] }}}}<span class="words"
+      >: {{{{ row.kind === 'share' ? 'where it decides' : 'what it sees' }}}}</span></span>
+    <span class="legend-bar">0<i></i>1</span></li>
+  <li v-if="disagreement_shown" style="--color: #ffe633">Disagreement <span class="legend-bar">0<i></i>1</span></li>
+</ul>
+"""
 SLIDER = """
 <input type="range" class="slice-slider" v-if="has_volume" aria-label="{title} slice" title="{title} slice"
        :min="slice_{name}_least" :max="slice_{name}_most" :step="slice_{name}_step" :value="slice_{name}"
@@ -36,9 +46,10 @@ def decorate(server: Any, view_id: str, view: Any) -> None:
     name = view.get_singleton_tag()
     title, sliced = SLICES.get(name, "3D"), name in SLICES
     where = WHERE.format(name=name) if sliced else ""
+    legends = LEGENDS.format() if sliced else ""
     slider = SLIDER.format(name=name, title=title) if sliced else ""
     html.Div(
-        OVER.format(name=name, title=title, color=COLORS[name], where=where, slider=slider),
+        OVER.format(name=name, title=title, color=COLORS[name], where=where, legends=legends, slider=slider),
         classes="view-over",
         trame_server=server,
     )

@@ -93,7 +93,7 @@
       }
       const panel = document.querySelector(".panel");
       if (panel.scrollHeight > panel.clientHeight + 1) wrong.push(`the panel hides ${panel.scrollHeight - panel.clientHeight} pixels`);
-      const parts = [...document.querySelectorAll("button, input, select, summary, a[href], .view-head, .engine, .not-for-care, .badge")]
+      const parts = [...document.querySelectorAll("button, input, select, summary, a[href], .view-head, .legends, .engine, .not-for-care, .badge")]
         .filter((node) => visible(node) && !node.matches(".skip"));
       const boxes = parts.map((node) => node.getBoundingClientRect());
       parts.forEach((node, n) => {

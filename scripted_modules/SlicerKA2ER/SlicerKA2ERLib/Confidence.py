@@ -36,10 +36,11 @@ class Confidence:
         scene: the MRML scene.
         applicationLogic: Slicer's.
         engine: to ask.
+        legends: of the overlays, in slice views.
     """
 
-    def __init__(self, scene: Any, applicationLogic: Any, engine: Conversation) -> None:
-        self._overlays = Overlays(scene, applicationLogic)
+    def __init__(self, scene: Any, applicationLogic: Any, engine: Conversation, legends: bool = True) -> None:
+        self._overlays = Overlays(scene, applicationLogic, legends)
         self._engine = engine
         self._looks: dict[str, Look] = {}
         self._segment: tuple[Any, str] | None = None

@@ -35,10 +35,11 @@ class Overlays:
     Args:
         scene: the MRML scene.
         applicationLogic: Slicer's.
+        legends: in slice views.
     """
 
-    def __init__(self, scene: Any, applicationLogic: Any) -> None:
-        self._scene, self._applicationLogic = scene, applicationLogic
+    def __init__(self, scene: Any, applicationLogic: Any, legends: bool = True) -> None:
+        self._scene, self._applicationLogic, self._withLegends = scene, applicationLogic, legends
         self._nodes: dict[str, Any] = {}
         self._tables: dict[str, Any] = {}
         self._legends: dict[str, Any] = {}
@@ -156,7 +157,7 @@ class Overlays:
     def _newLegend(self, title: str, table: Any) -> Any:
         """A legend on a model without a surface: Slicer draws those of volumes for background and foreground only."""
         logic = getattr(slicer, "vtkSlicerColorLogic", None)
-        if logic is None or not hasattr(logic, "AddDefaultColorLegendDisplayNode"):
+        if not self._withLegends or not hasattr(logic, "AddDefaultColorLegendDisplayNode"):
             return None
         carrier = self._scene.CreateNodeByClass("vtkMRMLModelNode")
         carrier.UnRegister(None)

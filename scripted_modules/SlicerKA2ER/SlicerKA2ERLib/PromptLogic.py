@@ -77,9 +77,10 @@ class PromptLogic:
     Args:
         scene: the MRML scene.
         applicationLogic: Slicer's vtkMRMLApplicationLogic (`slicer.app.applicationLogic()`).
+        legends: in slice views, of the overlays; a viewer that has its own leaves them out.
     """
 
-    def __init__(self, scene: Any, applicationLogic: Any) -> None:
+    def __init__(self, scene: Any, applicationLogic: Any, legends: bool = True) -> None:
         self.observers: list[Callable[[str], None]] = []
         self.volumeNode: Any = None
         self.segmentationNode: Any = None
@@ -95,7 +96,7 @@ class PromptLogic:
         self._markers = PromptNodes(scene, self._onMarkersChanged)
         self._ledger = PromptLedger(self._markers)
         self._engine = Conversation(self._mirror, self._ledger, self._apply, self._onFailure)
-        self._confidence = Confidence(scene, applicationLogic, self._engine)
+        self._confidence = Confidence(scene, applicationLogic, self._engine, legends)
         self._outline = Outline(scene)
         self._tools = SliceTools(scene, applicationLogic, self)
         self._sequence = SequenceLogic(scene, self)
