@@ -1,13 +1,15 @@
 """When a view is drawn, and when what it drew is sent.
 
 trame-rca's own scheduler draws everything twice, the second time only for a better JPEG, and all views draw before the
-first of them is sent. Here one view draws at a time and is sent before the next one draws; what nothing followed is
-sent again in a better quality, without drawing it again. Without a graphics card drawing is most of what a page does.
+first of them is sent. Here one view draws at a time, that with the pointer first, and is sent before the next one
+draws; what nothing followed is sent again in a better quality, without drawing it again. Without a graphics card
+drawing is most of what a page does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -21,6 +23,8 @@ logger = logging.getLogger("KA2ERViewer")
 
 STILL_AFTER = 0.12
 """Seconds without anything new, after which a picture is sent again in its final quality."""
+TURN = 0.1
+"""Seconds after being drawn in which a view lets others go first."""
 STILL_QUALITY = 92
 """Of JPEG."""
 
@@ -32,12 +36,13 @@ class Frames:
         window: draws, and is asked for pixels by `img_cols_rows`.
         interactive_quality: of the JPEG that is sent at once.
         rca_encoder: makes the JPEG.
-        target_fps: most pictures in a second.
+        target_fps: most pictures in a second; trame-slicer gives more to the view that the pointer is in.
     """
 
     every: list[Frames] = []  # noqa: RUF012 - one page is one process
     """Those of all views."""
-    _turn = asyncio.Lock()
+    _news = asyncio.Event()
+    _painter: asyncio.Task[None] | None = None
 
     def __init__(
         self, window: Any, *, interactive_quality: int, rca_encoder: RcaImageEncoder, target_fps: float, **_: Any
@@ -45,10 +50,13 @@ class Frames:
         self.rca, self.target_fps = window, target_fps
         self._quality, self._encoder = interactive_quality, rca_encoder
         self._push: Callable[[bytes, dict[str, Any]], None] | None = None
-        self._asked, self._drawn = asyncio.Event(), asyncio.Event()
+        self._asked, self._drawn = False, asyncio.Event()
         self._drawn.set()
+        self._latest: tuple[Any, int, int] | None = None  # not yet sent in its final quality
+        self._begun = 0.0
         Frames.every.append(self)
-        self._task = create_task(self._draw())
+        if Frames._painter is None:
+            Frames._painter = create_task(_paint())
 
     def set_push_callback(self, push: Callable[[bytes, dict[str, Any]], None]) -> None:
         """What sends a picture to the browser."""
@@ -57,7 +65,13 @@ class Frames:
     def schedule_render(self) -> None:
         """The view is different now."""
         self._drawn.clear()
-        self._asked.set()
+        self._asked = True
+        Frames._news.set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the view was not yet drawn as it is now."""
+        return self._asked
 
     async def drawn(self) -> None:
         """Returns once the picture of the view as it is now was sent in its final quality."""
@@ -68,39 +82,56 @@ class Frames:
 
     async def close(self) -> None:
         """No more pictures."""
-        self._task.cancel()
         Frames.every.remove(self)
 
-    async def _draw(self) -> None:
-        while True:
-            await self._asked.wait()
-            async with Frames._turn:
-                self._asked.clear()
-                begin = time.monotonic()
-                try:
-                    picture = self.rca.img_cols_rows
-                    self._send(picture, self._quality)
-                except Exception:
-                    logger.exception("A view could not be drawn.")
-                    self._drawn.set()
-                    continue
-                await asyncio.sleep(0.001)  # it leaves before the next view draws
-            await asyncio.sleep(max(0.0, 1 / self.target_fps - (time.monotonic() - begin)))
-            if not await self._is_asked_within(STILL_AFTER):
-                self._send(picture, STILL_QUALITY)
-                self._drawn.set()
+    def _due(self) -> float | None:
+        """When there is something to do; None where there is not."""
+        if self._asked:
+            return self._begun + 1 / self.target_fps
+        return None if self._latest is None else self._begun + STILL_AFTER
 
-    async def _is_asked_within(self, seconds: float) -> bool:
+    def _do(self) -> None:
+        """Draw and send, or send again what nothing followed."""
         try:
-            await asyncio.wait_for(self._asked.wait(), seconds)
-        except asyncio.TimeoutError:
-            return False
-        return True
+            if self._asked:
+                self._asked, self._begun = False, time.monotonic()
+                self._latest = self.rca.img_cols_rows
+                self._send(self._latest, self._quality)
+            elif self._latest is not None:
+                self._send(self._latest, STILL_QUALITY)
+                self._latest = None
+                self._drawn.set()
+        except Exception:
+            logger.exception("A view could not be drawn.")
+            self._latest = None
+            self._drawn.set()
 
     def _send(self, picture: tuple[Any, int, int], quality: int) -> None:
         content, meta, _ = self._encoder.encode(*picture, quality)
         if self._push is not None:
             self._push(content, meta)
+
+
+async def _paint() -> None:
+    """Take one view after the other."""
+    while True:
+        now = time.monotonic()
+        due = {frames: when for frames in Frames.every if (when := frames._due()) is not None}
+        ready = [frames for frames, when in due.items() if when <= now]
+        if ready:
+            _first(ready, now)._do()
+            await asyncio.sleep(0.001)  # it leaves before the next one is drawn
+            continue
+        Frames._news.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(Frames._news.wait(), min(due.values()) - now if due else None)
+
+
+def _first(ready: list[Frames], now: float) -> Frames:
+    """Drawing comes before better pictures, and the view that the pointer is in before others, but not all the time."""
+    asked = [frames for frames in ready if frames.is_behind] or ready
+    others = [frames for frames in asked if now - frames._begun > TURN] or asked
+    return max(others, key=lambda frames: frames.target_fps)
 
 
 def use_frames() -> None:

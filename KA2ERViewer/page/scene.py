@@ -77,6 +77,8 @@ class ViewerScene:
         for view in self.slices.values():
             view.set_background_color_from_string(BLACK)
             view.set_ruler(1)
+            # Without a graphics card smoother edges of lines would be most of what a drawing takes.
+            view.render_window().SetMultiSamples(0)
 
     def _tell_slicer(self) -> None:
         """`slicer.mrmlScene` and `slicer.modules.<name>.logic()`, where the shared code expects them."""
