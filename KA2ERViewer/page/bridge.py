@@ -18,10 +18,12 @@ from KA2ERViewer.page.cursor import KeyboardCursor
 from KA2ERViewer.page.frames import Frames
 from KA2ERViewer.page.hands import EFFECTS, HandEdits
 from KA2ERViewer.page.scene import ViewerScene
+from KA2ERViewer.page.structures import forget_structure, structure_text
 from KA2ERViewer.page.surfaces import Surfaces
 from SlicerKA2ERLib.PromptLogic import PromptLogic
 from SlicerKA2ERLib.Protocols import TOOLS
 from SlicerKA2ERLib.Shortcuts import DEFAULT_KEYS
+from SlicerKA2ERLib.Structures import structures
 
 logger = logging.getLogger("KA2ERViewer")
 
@@ -44,7 +46,8 @@ class Bridge:
 
     def __init__(self, server: Any, around: ViewerScene, engine: Callable[[], Any]) -> None:
         self.state, self.around = server.state, around
-        self.logic = PromptLogic(around.scene, around.logic)
+        # Slicer's legends keep the size of the window that they were made in: the page has its own.
+        self.logic = PromptLogic(around.scene, around.logic, legends=False)
         self.surfaces = Surfaces(around.scene)
         self.hands = HandEdits(around.app.segmentation_editor, self.logic)
         around.app.segmentation_editor.segmentation_modified.connect(self._on_stroke)
@@ -58,7 +61,9 @@ class Bridge:
         self.logic.connectEngine(engine)
         for view in around.slices.values():
             self.logic.addSliceView(view.interactor(), view.get_view_node())
-        self.state.update(NOTHING_YET)
+        known = structures(slicer.modules.terminologies.logic())
+        self._structures = {name.lower(): entry for name, entry in known}
+        self.state.update({**NOTHING_YET, "structures": [name for name, _ in known]})
         for name, action in self.actions().items():
             server.trigger(name)(self._guarded(action))
         server.trigger("settled")(self.settled)
@@ -156,7 +161,7 @@ class Bridge:
             self.cursor.hide()
 
     def rename_segment(self, segment: str, name: str) -> None:
-        """Names are unique: files could not tell two of one name apart."""
+        """A structure's name brings code and colour. Names are unique: files could not tell two of one name apart."""
         name = name.strip()
         if not name:
             message = "a segment must have a name, got an empty one."
@@ -164,7 +169,13 @@ class Bridge:
         if any(row.name == name and row.id != segment for row in self.logic.segments()):
             message = f"segments must have different names, {name!r} is taken. Choose another one."
             raise SessionStateError(message)
-        self._segment(segment).SetName(name)
+        found, entry = self._segment(segment), self._structures.get(name.lower())
+        if entry is not None:
+            self.logic.setTerminology(segment, entry)
+            self.surfaces.outdated = True  # it has the colour of the structure now
+        else:
+            forget_structure(found)
+        found.SetName(name)
 
     def color_segment(self, segment: str, color: str) -> None:
         """`color` as #rrggbb."""
@@ -269,6 +280,7 @@ class Bridge:
             try:
                 self.logic.poll()
                 self.refresh()
+                self._follow_surfaces()
             except Exception:
                 logger.exception("The page could not follow the logic.")
             await asyncio.sleep(BUSY_INTERVAL if self.logic.busy else IDLE_INTERVAL)
@@ -276,6 +288,7 @@ class Bridge:
     async def settled(self) -> None:
         """Returns once nothing is under way or shown for a moment only, and the browser has what came of it."""
         logic = self.logic
+        logic.poll()  # what the mouse just did may still wait to be noticed
         while not logic.isIdle or logic.outlinesChange or self._changed or self.surfaces.outdated:
             await asyncio.sleep(BUSY_INTERVAL)
         await asyncio.gather(*(frames.drawn() for frames in Frames.every))
@@ -293,7 +306,7 @@ class Bridge:
     def refresh(self) -> None:
         """Read everything from the logic; trame sends what is different."""
         busy = self._busy()
-        if not self._changed and not busy["busy"] and not self.state.busy and not self.surfaces.outdated:
+        if not self._changed and not busy["busy"] and not self.state.busy:
             return
         with self.state:
             self.state.update(busy)
@@ -301,8 +314,13 @@ class Bridge:
                 self._changed = False
                 self.hands.follow()
                 self.state.update(self._read())
-            if self.surfaces.outdated and not self.logic.busy and self.surfaces.update(self.logic.segmentationNode):
-                self.around.solid.fit_view_to_content()
+
+    def _follow_surfaces(self) -> None:
+        """The slices come first: people look at them while they click."""
+        if not self.surfaces.outdated or self.logic.busy or any(frames.is_behind for frames in Frames.every):
+            return
+        if self.surfaces.update(self.logic.segmentationNode):
+            self.around.solid.fit_view_to_content()
 
     def _busy(self) -> dict[str, Any]:
         logic = self.logic
@@ -328,6 +346,7 @@ class Bridge:
                 "shown": bool(display.GetSegmentVisibility(row.id)) if display is not None else True,
                 "selected": row.id == logic.selectedSegment,
                 "locked": row.locked,
+                "structure": structure_text(self._segment(row.id)),
             }
             for row in logic.segments()
         ]

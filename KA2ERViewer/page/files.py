@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import slicer
-import vtk
 from aiohttp import web
 from trame_slicer.core.volumes_reader import VolumesReader
 
-from KA2ERSegment.dicom_segmentation import TISSUE, Code, Structure, series_headers
+from KA2ERSegment.dicom_segmentation import series_headers
 from KA2ERSegment.errors import KA2ERError, SessionStateError, VolumeError
 from KA2ERSegment.segmentation_files import write_segmentation
 from KA2ERSegment.volume import Volume
@@ -26,6 +25,7 @@ from KA2ERViewer.options import Limits
 from KA2ERViewer.page.bridge import Bridge
 from KA2ERViewer.page.intake import SUFFIXES, check_volume, kind_of, unpack
 from KA2ERViewer.page.scene import ViewerScene
+from KA2ERViewer.page.structures import structure_of_segment
 from KA2ERViewer.page.windows import apply
 from SlicerKA2ERLib.SegmentWriter import segmentIds
 from SlicerKA2ERLib.VolumeIO import ijkToRas, volumeData
@@ -237,7 +237,7 @@ class Files:
             known = node.GetSegmentation().GetSegment(segment)
             name = known.GetName()
             colours[name] = known.GetColor()
-            if (structure := _structure(known)) is not None:
+            if (structure := structure_of_segment(known)) is not None:
                 structures[name] = structure
             array = slicer.util.arrayFromSegmentBinaryLabelmap(node, segment, volume_node)
             masks[name] = np.zeros(volumeData(volume_node).grid.shape_kji, bool) if array is None else array > 0
@@ -278,22 +278,6 @@ def _with_names(journal: dict[str, Any], names: dict[str, str]) -> dict[str, Any
         "selected": names.get(journal["selected"], journal["selected"]),
         "steps": [{**step, "object": names.get(step["object"], step["object"])} for step in journal["steps"]],
     }
-
-
-def _structure(segment: Any) -> Structure | None:
-    """What a segment is by its terminology; None where it was only given Slicer's own first one, tissue."""
-    held = vtk.mutable("")
-    if not segment.GetTag(segment.GetTerminologyEntryTagName(), held):
-        return None
-    parts = str(held).split("~")
-    if len(parts) < 4:
-        return None
-    codes = []
-    for part in parts[1:4]:
-        scheme, value, meaning = (*part.split("^"), "", "", "")[:3]
-        codes.append(Code(value, scheme, meaning) if scheme and value and meaning else None)
-    category, kind, modifier = codes
-    return None if category is None or kind is None or kind == TISSUE else Structure(category, kind, modifier)
 
 
 def _stem(name: str) -> str:
