@@ -10,6 +10,7 @@ computes features, later ones do not.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -43,9 +44,13 @@ def main(
     clicks: Annotated[int, typer.Option("--clicks", min=1, help="After the first one.")] = 20,
     device: Annotated[str, typer.Option("--device")] = "auto",
 ) -> None:
-    """Print the seconds of the start, of the first click, and the median of the later ones, as JSON."""
+    """Print the seconds of the start, of the first click, and the median of the later ones, as JSON.
+
+    Beside them the processes that wanted to run in the minute before: more than none make it slower.
+    """
     begin = [str(volume)] if volume else ["--sample"]
     command = [sys.executable, "-m", "KA2ERSegment.cli", "view", *begin, "--device", device, "--port", "0"]
+    load = os.getloadavg()[0]
     started = time.perf_counter()
     viewer = subprocess.Popen(
         [*command, "--no-browser"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -61,6 +66,7 @@ def main(
         "first": first,
         "later_median": statistics.median(later),
         "later_worst": max(later),
+        "load_before": load,
     }
     typer.echo(json.dumps({name: round(value, 3) for name, value in seconds.items()}))
 

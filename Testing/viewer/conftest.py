@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -27,8 +27,24 @@ SPACING = (1.6, 1.4, 2.0)
 BALL = (6.0, -4.0, 8.0)
 """Centre of the bright ball in `a_phantom`, RAS mm: off the middle, so that a swapped axis shows."""
 RADIUS = 17.0
+SIZE = {"width": 1280, "height": 720}
+"""Of the window."""
+LOOKS = (
+    *("volume_name", "from_dicom", "layout", "tool", "positive", "radius", "segments", "prompts", "window", "level"),
+    *("experts", "disagreement_shown", "suggestion", "smoothing", "islands", "neighbours_mode", "fill"),
+    *("busy", "error", "notice", "cursor_text", "slice_Red", "slice_Green", "slice_Yellow"),
+)
+"""State of a page that tests change."""
+FRAME = 6
+"""Pixels of the ring around the view that has the keyboard."""
 PATIENCE = 300.0
 """Seconds that anything may take: the machine may be busy with other things."""
+COUNTED = """(() => {
+  const send = WebSocket.prototype.send;
+  window.sent = 0;
+  WebSocket.prototype.send = function (...given) { window.sent += 1; return send.apply(this, given); };
+})()"""
+"""How many messages the page sent."""
 STILL = """async () => {
   const painted = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
   const late = new Promise((_, fail) => setTimeout(() => fail(new Error("never came to rest")), PATIENCE * 1000));
@@ -36,13 +52,16 @@ STILL = """async () => {
   const pictures = views.map((view) => view.querySelector("img"));
   const fits = (one) => one?.naturalWidth && Math.abs(one.naturalWidth / devicePixelRatio - one.clientWidth) < 2;
   const rest = async () => {
-    await new Promise((done) => setTimeout(done, 50)); // views send what the mouse did up to 10 ms later
+    let before;
     do {
+      before = window.sent;
       await window.trame.trigger("settled");
+      // a view sends what the mouse did one by one, the next thing 10 ms after the answer to the last
+      await new Promise((done) => setTimeout(done, 40));
       await painted();
       await Promise.all(pictures.map((one) => one?.decode().catch(() => {})));
       await painted();
-    } while (!pictures.every(fits));
+    } while (window.sent > before + 1 || !pictures.every(fits));
   };
   await Promise.race([rest(), late]);
 }""".replace("PATIENCE", str(PATIENCE))
@@ -74,6 +93,8 @@ class Viewer:
     """A viewer that runs in a process of its own."""
 
     process: subprocess.Popen[str]
+    errors: Path
+    """What it and all that it started write to standard error."""
     token: str = ""
 
     @cached_property
@@ -84,12 +105,16 @@ class Viewer:
         assert "http://" in line, f"the viewer said {line!r} and not where it is"
         return line.split()[-1]
 
-    def end(self) -> None:
+    def end(self) -> list[str]:
+        """Complaints of VTK and Python that users would have seen in their terminal."""
         self.process.terminate()
         try:
             self.process.wait(PATIENCE)
         finally:
             self.process.kill()
+        lines = self.errors.read_text(errors="replace").splitlines()
+        self.errors.unlink()
+        return [line for line in lines if re.search(r"warning|error|traceback", line, re.IGNORECASE)]
 
 
 def start_viewer(*arguments: str, token: str = "", **variables: str) -> Viewer:
@@ -98,9 +123,13 @@ def start_viewer(*arguments: str, token: str = "", **variables: str) -> Viewer:
     command = [sys.executable, "-m", "KA2ERSegment.cli", "view", *arguments, "--no-browser", "--device", "cpu"]
     if "--port" not in arguments:
         command += ["--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KA2ERSEGMENT_VIEWER_TOKEN": token, **variables}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    return Viewer(process, token)
+    # Two threads that wait for each other take ten times as long where something else keeps a core busy.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), **variables}
+    environment["KA2ERSEGMENT_VIEWER_TOKEN"] = token
+    number, errors = tempfile.mkstemp(prefix="viewer-errors-")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=number, text=True, env=environment)
+    os.close(number)
+    return Viewer(process, Path(errors), token)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +137,7 @@ def a_viewer(a_phantom: Path) -> Iterator[Viewer]:
     """Started by the command line, with the shipped bundle."""
     viewer = start_viewer(str(a_phantom))
     yield viewer
-    viewer.end()
+    assert viewer.end() == []
 
 
 @pytest.fixture(scope="session")
@@ -139,15 +168,31 @@ def a_browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-view")
     executable = chromium()
     if executable is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
+        _without_browser("tests in a browser need Chromium: sudo apt-get install -y chromium")
     arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
     with playwright.sync_playwright() as api:
         try:
             browser = api.chromium.launch(executable_path=executable, args=arguments, timeout=1000 * PATIENCE)
         except playwright.Error as error:
-            pytest.skip(f"{executable} does not start: {error.message.splitlines()[0]}")
+            _without_browser(f"{executable} does not start: {error.message.splitlines()[0]}")
         yield browser
         browser.close()
+
+
+def _without_browser(reason: str) -> NoReturn:
+    """CI must not pass for want of a browser."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def reduce(path: Path) -> None:
+    """256 colours and 1920 pixels across are enough for a picture of a page."""
+    from PIL import Image
+
+    picture = Image.open(path).convert("RGB")
+    picture.thumbnail((1920, 1920), Image.Resampling.LANCZOS)
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 class Tab:
@@ -157,10 +202,12 @@ class Tab:
 
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.foreign = page, []
-        self._origin = url.rstrip("/")
+        self._origin = "/".join(url.split("/")[:3])
         page.on("request", self._note)
+        page.add_init_script(COUNTED)
         page.goto(url)
         self.wait_until_ready()
+        self._first = self._looks()
 
     def _note(self, request: Any) -> None:
         if not request.url.startswith((self._origin, f"blob:{self._origin}", "data:")):
@@ -171,6 +218,54 @@ class Tab:
         self.page.wait_for_selector(".volume-name")
         self.page.wait_for_selector(".engine-ready")
         self.still()
+
+    def start_over(self, volume: Path) -> bool:
+        """Make it as it was when it was opened. Whether that worked: else another one is needed."""
+        self.page.mouse.up()
+        self.page.set_viewport_size(SIZE)
+        self.page.emulate_media(reduced_motion="no-preference")
+        self.page.reload()
+        self.wait_until_ready()
+        if self.state("volume_name") != self._first["volume_name"]:
+            self.open(volume)
+        if self.state("busy"):
+            self.tell("cancel")
+        for row in self.state("segments"):
+            self.tell("lockSegment", row["id"], False)
+            self.tell("removeSegment", row["id"])
+        for row in self._first["experts"]:
+            self.tell("enableExpert", row["name"], row["enabled"])
+            self.tell("showExpert", row["name"], row["shown"])
+            self.tell("expertKind", row["name"], row["kind"])
+            self.tell("expertOpacity", row["name"], row["opacity"])
+        self.tell("disagreement", False)
+        self.tell("finish", self._first["smoothing"], self._first["islands"])
+        self.tell("neighbours", self._first["neighbours_mode"])
+        self.tell("fill", self._first["fill"])
+        self.tell("radius", self._first["radius"])
+        self.tell("positive")
+        self.tell("windowLevel", self._first["window"], self._first["level"])
+        self.tell("cursorHide")
+        if self.state("tool") != self._first["tool"]:
+            self.tell(self._first["tool"])
+        for view in ("Red", "Green", "Yellow"):
+            self.tell("fit", view)
+            self.page.evaluate(f"window.trame.state.set('slice_{view}', {self._first[f'slice_{view}']})")
+        self.page.evaluate(f"window.trame.state.set('layout', '{self._first['layout']}')")
+        self.tell("dismiss")
+        self.still()
+        self.foreign.clear()
+        return self._looks() == self._first
+
+    def _looks(self) -> dict[str, Any]:
+        """What a test may leave different."""
+        looks = {name: self.state(name) for name in LOOKS}
+        looks["experts"] = [{**row, "share": None} for row in looks["experts"]]
+        return looks
+
+    def tell(self, name: str, *arguments: Any) -> None:
+        """What a button or a key does, without it."""
+        self.page.evaluate("([name, given]) => window.trame.trigger(name, given)", [name, list(arguments)])
 
     def still(self) -> None:
         """Nothing is under way, and the screen shows what came of it."""
@@ -199,10 +294,22 @@ class Tab:
         x, y = (ras[n] * scale for n in axes)
         return box["x"] + box["width"] / 2 - x, box["y"] + box["height"] / 2 - y
 
+    @staticmethod
+    def kji(ras: tuple[float, float, float]) -> tuple[int, int, int]:
+        """Voxel of `a_phantom` at a point."""
+        k, j, i = (
+            round(value / spacing + (size - 1) / 2)
+            for value, spacing, size in zip(ras[::-1], SPACING[::-1], SHAPE_KJI, strict=True)
+        )
+        return k, j, i
+
     def colored(self, view: str) -> np.ndarray:
         """Where a picture is not grey, as a segment or an overlay makes it: (rows, columns) bool."""
         picture = self.picture(view)
-        return picture.max(axis=-1) - picture.min(axis=-1) > 30
+        found = picture.max(axis=-1) - picture.min(axis=-1) > 30
+        inside = np.zeros_like(found)
+        inside[FRAME:-FRAME, FRAME:-FRAME] = True
+        return found & inside
 
     def middle_of(self, view: str, where: np.ndarray) -> tuple[float, float]:
         """Mean position of true pixels on the screen."""
@@ -240,11 +347,9 @@ class Tab:
     def click(self, view: str, ras: tuple[float, float, float]) -> None:
         """Place a point, and wait for what comes of it."""
         before = self.state("prompt_count")
-        self.page.mouse.move(*self.at(view, ras))
-        self.page.mouse.down()
-        self.page.mouse.up()
-        self.until(lambda: self.state("prompt_count") == before + 1 and self.state("can_undo"))
+        self.page.mouse.click(*self.at(view, ras))
         self.still()
+        assert self.state("prompt_count") == before + 1, f"no point was placed: {self.state('error')!r}"
 
     def drag(self, view: str, corners: list[tuple[float, float, float]]) -> None:
         self.page.mouse.move(*self.at(view, corners[0]))
@@ -281,13 +386,15 @@ class Tab:
         """A screenshot for the documentation."""
         if PICTURES:
             Path(PICTURES).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=str(Path(PICTURES) / f"{name}.png"))
+            path = Path(PICTURES) / f"viewer_{name}.png"
+            self.page.screenshot(path=str(path))
+            reduce(path)
 
 
 @pytest.fixture
 def a_page(a_browser: Any) -> Iterator[Any]:
     """An empty page."""
-    context = a_browser.new_context(viewport={"width": 1280, "height": 720})
+    context = a_browser.new_context(viewport=SIZE)
     context.set_default_timeout(1000 * PATIENCE)
     yield context.new_page()
     context.close()
@@ -309,9 +416,7 @@ def _opener(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
     contexts = []
 
     def opened(url: str | None = None, **more: Any) -> Tab:
-        context = a_browser.new_context(
-            **{"viewport": {"width": 1280, "height": 720}, "accept_downloads": True, **more}
-        )
+        context = a_browser.new_context(**{"viewport": SIZE, "accept_downloads": True, **more})
         contexts.append(context)
         context.set_default_timeout(1000 * PATIENCE)
         return Tab(context.new_page(), url or a_viewer.url)
@@ -321,7 +426,22 @@ def _opener(a_viewer: Viewer, a_browser: Any) -> Iterator[Callable[..., Tab]]:
         context.close()
 
 
+@pytest.fixture(scope="session")
+def used_tabs(a_viewer: Viewer, a_browser: Any) -> Iterator[list[Tab]]:
+    """The one that `a_tab` begins with, once there is one."""
+    tabs: list[Tab] = []
+    yield tabs
+    for tab in tabs:
+        tab.page.context.close()
+
+
 @pytest.fixture
-def a_tab(open_tab: Callable[..., Tab]) -> Tab:
-    """A tab in which nothing was done yet."""
-    return open_tab()
+def a_tab(a_viewer: Viewer, a_browser: Any, a_phantom: Path, used_tabs: list[Tab]) -> Tab:
+    """A tab in which nothing was done yet, or all was taken back: in a new one features are computed for seconds."""
+    if used_tabs and not used_tabs[-1].start_over(a_phantom):
+        used_tabs.pop().page.context.close()
+    if not used_tabs:
+        context = a_browser.new_context(viewport=SIZE, accept_downloads=True)
+        context.set_default_timeout(1000 * PATIENCE)
+        used_tabs.append(Tab(context.new_page(), a_viewer.url))
+    return used_tabs[-1]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import ROOT, Tab, chromium
+from conftest import ROOT, Tab, chromium, reduce
 
 LARGEST = 300_000
 """Bytes of a picture in the repository."""
@@ -56,6 +56,7 @@ def main() -> None:
             page.screenshot(path=str(shot))
             browser.close()
         reduce(shot)
+        require_small(shot)
     finally:
         viewer.terminate()
         viewer.wait(20)
@@ -76,12 +77,14 @@ def segment(tab: Any, given: argparse.Namespace) -> None:
     mouse.down()
     mouse.move(*at(right, bottom), steps=5)
     mouse.up()
-    tab.until(lambda: tab.state("prompt_count") == 1 and tab.state("can_undo"), 300)
+    tab.still()
+    assert tab.state("prompt_count") == 1, tab.state("error")
     tab.page.keyboard.press("p")
     tab.until(lambda: tab.state("tool") == "point")
     for n, click in enumerate(CLICKS if not given.volume else ()):
         mouse.click(*at(*click))
-        tab.until(lambda n=n: tab.state("prompt_count") == n + 2 and tab.state("can_undo"), 300)
+        tab.still()
+        assert tab.state("prompt_count") == n + 2, tab.state("error")
     mouse.move(2, 2)
     tab.still()
     before = tab.picture("Green")
@@ -90,11 +93,8 @@ def segment(tab: Any, given: argparse.Namespace) -> None:
     tab.still()
 
 
-def reduce(path: Path) -> None:
-    """256 colours are enough for a dark page and grey images; the file must be small enough for the repository."""
-    from PIL import Image
-
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+def require_small(path: Path) -> None:
+    """Enough for the repository."""
     size = path.stat().st_size
     if size > LARGEST:
         message = f"a picture must have at most {LARGEST} bytes, {path} has {size}. Make it smaller with --size."

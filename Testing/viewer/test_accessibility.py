@@ -28,6 +28,17 @@ def used(tab: Any) -> Any:
     return tab
 
 
+def sized(tab: Any, size: str) -> Any:
+    """The same in a window of another size."""
+    width, height = SIZES[size]
+    tab.page.set_viewport_size({"width": width, "height": height})
+    tab.still()
+    for view in ("Red", "Green", "Yellow"):
+        tab.tell("fit", view)
+    tab.still()
+    return tab
+
+
 def contrasts(tab: Any, root: str = "document.body") -> dict[str, Any]:
     return dict(tab.page.evaluate(f"looks.contrasts({root})"))
 
@@ -122,14 +133,15 @@ def test_text_and_icons_stand_out_in_every_state(a_used_tab: Any) -> None:
     page.get_by_label("Keyboard shortcuts").click()
     page.locator(".v-overlay--active .keys").first.wait_for()
     settled(a_used_tab)
-    a_used_tab.keep("viewer-keys")
+    a_used_tab.keep("keys")
     assert contrasts(a_used_tab, "document.querySelector('.v-overlay--active')")["wrong"] == []
     page.keyboard.press("Escape")
     page.locator(".v-overlay--active").wait_for(state="detached")
 
 
-def test_nothing_moves_for_those_who_asked_for_less_motion(open_tab: Callable[..., Any]) -> None:
-    tab = open_tab(reduced_motion="reduce")
+def test_nothing_moves_for_those_who_asked_for_less_motion(a_tab: Any) -> None:
+    tab = a_tab
+    tab.page.emulate_media(reduced_motion="reduce")
     tab.page.evaluate(LOOKS)
 
     assert tab.page.evaluate("matchMedia('(prefers-reduced-motion: reduce)').matches")
@@ -140,10 +152,9 @@ def test_nothing_moves_for_those_who_asked_for_less_motion(open_tab: Callable[..
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
-def test_all_has_its_room_on_a_small_and_on_a_large_screen(open_tab: Callable[..., Any], size: str) -> None:
-    width, height = SIZES[size]
-    tab = used(open_tab(viewport={"width": width, "height": height}))
-    tab.keep(f"viewer-{size}")
+def test_all_has_its_room_on_a_small_and_on_a_large_screen(a_tab: Any, size: str) -> None:
+    tab = used(sized(a_tab, size))
+    tab.keep(size)
 
     for layout in ("Four", "Large", "Row", "Red"):
         tab.page.evaluate(f"window.trame.state.set('layout', '{layout}')")
@@ -151,10 +162,10 @@ def test_all_has_its_room_on_a_small_and_on_a_large_screen(open_tab: Callable[..
         assert tab.page.evaluate("looks.overlaps()") == []
 
 
-def test_letters_grow_with_the_screen(open_tab: Callable[..., Any]) -> None:
+def test_letters_grow_with_the_screen(a_tab: Any) -> None:
     heights = {}
-    for size, (width, height) in SIZES.items():
-        page = open_tab(viewport={"width": width, "height": height}).page
+    for size in SIZES:
+        page = sized(a_tab, size).page
         heights[size] = page.locator(".brand").evaluate("(one) => parseFloat(getComputedStyle(one).fontSize)")
 
     assert heights["4k"] > 1.5 * heights["small"]

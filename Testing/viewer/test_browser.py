@@ -19,13 +19,13 @@ def test_click_colours_what_was_clicked_and_nothing_else(a_tab: Any) -> None:
     a_tab.click("Red", a_tab.BALL)
 
     new = a_tab.colored("Red") & ~before
-    a_tab.keep("viewer-mask")
+    a_tab.keep("mask")
     assert a_tab.page.locator(".segments li").count() == 1
     assert np.allclose(a_tab.middle_of("Red", new), a_tab.at("Red", a_tab.BALL), atol=12)
     box = a_tab.page.locator(".view-Red").bounding_box()
     assert new.sum() < 0.5 * box["width"] * box["height"]
-    assert a_tab.colored("Green").sum() > 200
-    assert a_tab.colored("Yellow").sum() > 200
+    for view in ("Green", "Yellow", "ThreeD"):
+        assert a_tab.colored(view).sum() > 200
 
 
 def test_undo_takes_the_pixels_away_and_redo_brings_them_back(a_tab: Any) -> None:
@@ -64,14 +64,39 @@ def test_box_and_lasso_each_make_a_segment(a_tab: Any) -> None:
 
     a_tab.press("x")
     a_tab.drag("Red", [corners[0], corners[2]])
-    a_tab.until(lambda: a_tab.state("prompt_count") == 1 and a_tab.colored("Green").sum() > 200)
+    a_tab.still()
+    assert a_tab.state("prompt_count") == 1
+    assert a_tab.colored("Green").sum() > 200
     a_tab.press("e")
     a_tab.press("l")
     a_tab.drag("Red", [*corners, corners[0]])
-    a_tab.until(lambda: a_tab.state("prompt_count") == 1 and len(a_tab.state("segments")) == 2)
+    a_tab.still()
+    assert a_tab.state("prompt_count") == 1
 
     assert a_tab.page.locator(".segments li").count() == 2
     assert a_tab.page.locator(".message.error").count() == 0
+
+
+def test_scribble_with_the_pen_marks_what_it_is_drawn_along_and_alt_what_it_is_not(a_tab: Any) -> None:
+    r, a, s = a_tab.BALL
+    half = 0.5 * a_tab.RADIUS
+
+    a_tab.press("s")
+    assert a_tab.page.get_by_text("Pen").is_visible()
+    a_tab.drag("Red", [(r - half, a, s), (r, a + 3, s), (r + half, a, s)])
+    first = a_tab.voxels("Segment_1")
+    a_tab.page.keyboard.down("Alt")
+    a_tab.drag("Red", [(r + half, a - half, s), (r + half, a + half, s)])
+    a_tab.page.keyboard.up("Alt")
+
+    assert [(one["kind"], one["positive"]) for one in a_tab.state("prompts")] == [
+        ("scribble", True),
+        ("scribble", False),
+    ]
+    k, j, i = a_tab.kji((r, a, s))
+    assert first[k, j, i]
+    assert 200 < first.sum() < 0.5 * first.size
+    assert a_tab.voxels("Segment_1").sum() < first.sum()
 
 
 def test_overlay_of_an_expert_changes_the_view_and_off_is_as_before(a_tab: Any) -> None:
@@ -81,7 +106,7 @@ def test_overlay_of_an_expert_changes_the_view_and_off_is_as_before(a_tab: Any) 
 
     button.click()
     a_tab.until(lambda: np.abs(a_tab.picture("Red") - off).mean() > 1)
-    a_tab.keep("viewer-overlay")
+    a_tab.keep("overlay")
     button.click()
 
     a_tab.until(lambda: np.abs(a_tab.picture("Red") - off).mean() < 0.1)
@@ -111,6 +136,25 @@ def test_a_voter_is_shown_over_the_slices(a_tab: Any) -> None:
 
     a_tab.until(lambda: np.abs(a_tab.picture("Red") - off).mean() > 0.3)
     assert votes.locator("input[type=checkbox]").count() == 0
+
+
+def test_disagreement_and_where_to_click_next_are_shown_and_explained(a_tab: Any) -> None:
+    a_tab.click("Red", a_tab.BALL)
+    plain = a_tab.picture("Red")
+
+    a_tab.page.locator(".action-disagreement").click()
+    a_tab.until(lambda: np.abs(a_tab.picture("Red") - plain).mean() > 1)
+    a_tab.page.locator(".action-disagreement").click()
+    a_tab.until(lambda: np.abs(a_tab.picture("Red") - plain).mean() < 0.5)
+    before = [a_tab.state(f"slice_{view}") for view in ("Red", "Green", "Yellow")]
+    a_tab.page.locator(".action-suggest").click()
+
+    a_tab.page.locator(".suggestion").wait_for()
+    assert "structure at" in a_tab.page.locator(".suggestion").inner_text()
+    assert [a_tab.state(f"slice_{view}") for view in ("Red", "Green", "Yellow")] != before
+    a_tab.page.get_by_text("What does this say?").click()
+    explained = a_tab.page.locator(".explained dt").all_inner_texts()
+    assert {"Percent", "Eye", "Dice to expect", "Disagreement", "Where next?"} <= set(explained)
 
 
 def test_saved_files_read_back_with_the_segment_where_the_ball_is(a_tab: Any, tmp_path: Path) -> None:
@@ -220,8 +264,8 @@ def test_cancelled_prediction_leaves_nothing_and_the_page_goes_on(a_tab: Any) ->
 
 def test_no_request_leaves_the_machine(a_tab: Any) -> None:
     a_tab.click("Red", a_tab.BALL)
-    a_tab.page.locator("text=Views").click()
-    a_tab.page.wait_for_selector(".v-list-item")
+    a_tab.page.locator(".views-button").click()
+    a_tab.page.locator("[data-layout=Row]").wait_for()
 
     assert a_tab.foreign == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,7 +35,9 @@ def ask(options: ViewerOptions, talk: Callable[[TestClient], Awaitable[Any]]) ->
         async with TestClient(TestServer(application), cookie_jar=aiohttp.CookieJar(unsafe=True)) as client:
             return await talk(client)
 
-    return asyncio.run(run())
+    # In a thread of its own: Playwright leaves a running event loop in the main one.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, run()).result()
 
 
 def test_this_machine_needs_no_token() -> None:

@@ -27,18 +27,18 @@ def test_token_lets_in_and_is_asked_for_once(a_guarded_viewer: Any, a_page: Any)
     enter(a_page, "not the right one")
     a_page.get_by_text("That was not it.").wait_for()
     enter(a_page, a_guarded_viewer.token)
-    a_page.wait_for_selector(".welcome h1")
+    a_page.wait_for_selector(".welcome h2")
 
     other = a_page.context.new_page()
     other.goto(a_guarded_viewer.url)
-    other.wait_for_selector(".welcome h1")
+    other.wait_for_selector(".welcome h2")
     assert "token" not in other.url
 
 
 def test_address_with_the_token_lets_in_and_the_token_leaves_the_address(a_guarded_viewer: Any, a_page: Any) -> None:
     a_page.goto(with_token(a_guarded_viewer))
 
-    a_page.wait_for_selector(".welcome h1")
+    a_page.wait_for_selector(".welcome h2")
     assert "token" not in a_page.url
 
 
