@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -166,23 +167,25 @@ def segmentation_object(
         masks = [layers[layer] == n for n, layer in enumerate(layer_of.values(), start=1)]
         array = np.stack(masks, axis=-1).view(np.uint8)
     try:
-        return highdicom.seg.Segmentation(
-            source_images=ordered,
-            pixel_array=array,
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=described,
-            series_instance_uid=highdicom.UID(),
-            series_number=1000 + int(getattr(ordered[0], "SeriesNumber", None) or 0),
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="KA2ERSegment contributors",
-            manufacturer_model_name="KA2ERSegment",
-            software_versions=_version(),
-            device_serial_number="none",
-            content_label="SEGMENTATION",
-            series_description="KA2ERSegment",
-            omit_empty_frames=bool(array.any()),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # one of highdicom's has the patient's name in it
+            return highdicom.seg.Segmentation(
+                source_images=ordered,
+                pixel_array=array,
+                segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+                segment_descriptions=described,
+                series_instance_uid=highdicom.UID(),
+                series_number=1000 + int(getattr(ordered[0], "SeriesNumber", None) or 0),
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer="KA2ERSegment contributors",
+                manufacturer_model_name="KA2ERSegment",
+                software_versions=_version(),
+                device_serial_number="none",
+                content_label="SEGMENTATION",
+                series_description="KA2ERSegment",
+                omit_empty_frames=bool(array.any()),
+            )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = (
             f"the headers of the DICOM series must have what a DICOM SEG takes over, they have not ({error}). Write a "

@@ -50,8 +50,7 @@ class Frames:
         self.rca, self.target_fps = window, target_fps
         self._quality, self._encoder = interactive_quality, rca_encoder
         self._push: Callable[[bytes, dict[str, Any]], None] | None = None
-        self._asked, self._drawn = False, asyncio.Event()
-        self._drawn.set()
+        self._asked = False
         self._latest: tuple[Any, int, int] | None = None  # not yet sent in its final quality
         self._begun = 0.0
         Frames.every.append(self)
@@ -64,7 +63,6 @@ class Frames:
 
     def schedule_render(self) -> None:
         """The view is different now."""
-        self._drawn.clear()
         self._asked = True
         Frames._news.set()
 
@@ -73,9 +71,10 @@ class Frames:
         """Whether the view was not yet drawn as it is now."""
         return self._asked
 
-    async def drawn(self) -> None:
-        """Returns once the picture of the view as it is now was sent in its final quality."""
-        await self._drawn.wait()
+    @property
+    def is_still(self) -> bool:
+        """Whether the picture of the view as it is now was sent in its final quality."""
+        return not self._asked and self._latest is None
 
     def reset(self) -> None:
         """For encoders that remember; JPEG does not."""
@@ -100,11 +99,9 @@ class Frames:
             elif self._latest is not None:
                 self._send(self._latest, STILL_QUALITY)
                 self._latest = None
-                self._drawn.set()
         except Exception:
             logger.exception("A view could not be drawn.")
             self._latest = None
-            self._drawn.set()
 
     def _send(self, picture: tuple[Any, int, int], quality: int) -> None:
         content, meta, _ = self._encoder.encode(*picture, quality)

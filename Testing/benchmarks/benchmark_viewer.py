@@ -36,7 +36,9 @@ WATCH = """() => new Promise((done) => {
   }, { once: true, capture: true });
 })"""
 
-SETTLED = "() => window.trame.trigger('settled')"
+SETTLED = """async () => {
+  while (!(await window.trame.trigger("settled"))) await new Promise((next) => setTimeout(next, 50));
+}"""
 
 
 def main(

@@ -52,16 +52,16 @@ STILL = """async () => {
   const pictures = views.map((view) => view.querySelector("img"));
   const fits = (one) => one?.naturalWidth && Math.abs(one.naturalWidth / devicePixelRatio - one.clientWidth) < 2;
   const rest = async () => {
-    let before;
+    let before, settled;
     do {
       before = window.sent;
-      await window.trame.trigger("settled");
+      settled = await window.trame.trigger("settled");
       // a view sends what the mouse did one by one, the next thing 10 ms after the answer to the last
       await new Promise((done) => setTimeout(done, 40));
       await painted();
       await Promise.all(pictures.map((one) => one?.decode().catch(() => {})));
       await painted();
-    } while (window.sent > before + 1 || !pictures.every(fits));
+    } while (!settled || window.sent > before + 1 || !pictures.every(fits));
   };
   await Promise.race([rest(), late]);
 }""".replace("PATIENCE", str(PATIENCE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -176,26 +177,34 @@ def test_ctrl_c_ends_pages_engine_and_files(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("ka2er")] == []
 
 
-def test_engine_that_runs_already_is_used_and_outlives_the_viewer(
-    another_viewer: Callable[..., Any], open_tab: Callable[..., Any], a_phantom: Path
-) -> None:
+@pytest.fixture
+def an_engine() -> Iterator[Any]:
+    """One that somebody else started: its process, address and key."""
     command = [sys.executable, "-m", "KA2ERSegment.cli", "serve", "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine:
-        assert engine.stdout is not None
-        told = json.loads(engine.stdout.readline())
-        address = f"http://127.0.0.1:{told['port']}"
-        viewer = another_viewer(str(a_phantom), "--engine", address, "--api-key", told["api_key"])
-        tab = open_tab(viewer.url)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert process.stdout is not None
+    told = json.loads(process.stdout.readline())
+    yield process, told["url"], told["api_key"]
+    process.terminate()
+    process.wait(PATIENCE)
 
-        tab.click("Red", tab.BALL)
 
-        assert tab.voxels("Segment_1").any()
-        names = [Path(f"/proc/{one}/cmdline").read_text() for one in _descendants(viewer.process.pid)]
-        assert not [name for name in names if "KA2ERSegment.engine" in name]
-        viewer.process.send_signal(signal.SIGINT)
-        assert viewer.process.wait(PATIENCE) == 0
-        assert engine.poll() is None
-        engine.terminate()
+def test_engine_that_runs_already_is_used_and_outlives_the_viewer(
+    an_engine: Any, another_viewer: Callable[..., Any], a_phantom: Path, open_tab: Callable[..., Any]
+) -> None:
+    engine, url, key = an_engine
+    viewer = another_viewer(str(a_phantom), "--engine", url, "--api-key", key)
+    tab = open_tab(viewer.url)
+
+    tab.click("Red", tab.BALL)
+
+    assert tab.voxels("Segment_1").any()
+    started = [Path(f"/proc/{one}/cmdline").read_text() for one in _descendants(viewer.process.pid)]
+    assert not [line for line in started if "KA2ERSegment.engine" in line], "no engine of its own"
+    viewer.process.send_signal(signal.SIGINT)
+    assert viewer.process.wait(PATIENCE) == 0
+    assert engine.poll() is None
 
 
 def test_viewer_does_not_start_on_a_port_that_is_taken(another_viewer: Callable[..., Any], a_phantom: Path) -> None:
