@@ -31,7 +31,7 @@ run: environment-view  ## segment in a browser, on http://localhost:8080: a samp
 demo: environment  ## segment the sample without a browser; mask and picture go to OUTPUT
 	$(BIN)/ka2ersegment demo --output $(OUTPUT)
 
-test: lint check unit  ## linters, type check, import contracts, all tests but those in a browser
+test: lint check unit test-view  ## linters, type check, import contracts, all tests
 
 lint: environment-test  ## ruff format and ruff check
 	$(BIN)/ruff format --check .
@@ -41,8 +41,8 @@ check: environment-test  ## mypy and the import contracts
 	$(BIN)/mypy --strict KA2ERSegment KA2ERViewer
 	$(BIN)/lint-imports
 
-unit: environment-test  ## pytest
-	$(BIN)/python -m pytest
+unit: environment-test  ## pytest, all but the viewer
+	$(BIN)/python -m pytest --ignore Testing/viewer
 
 test-view: environment-test-view  ## pytest of the viewer, in its own environment and a real browser
 	.venv-viewer/bin/python -m pytest Testing/viewer
