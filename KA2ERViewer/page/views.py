@@ -8,8 +8,8 @@ from trame.widgets import html
 
 from KA2ERViewer.page.scene import COLORS, SLICES
 
-ENDS = {"Red": ("I", "S"), "Green": ("P", "A"), "Yellow": ("L", "R")}
-"""Which way in the patient lower and higher slices of a view are."""
+ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
+"""Which way in the patient lower and higher values of RAS are."""
 
 OVER = """
 <div class="view-head"><span class="view-dot" style="background: {color}"></span><span class="view-title">{title}</span>
@@ -55,6 +55,14 @@ def decorate(server: Any, view_id: str, view: Any) -> None:
     )
 
 
+def where_text(node: Any, offset: float) -> str:
+    """Where in the patient a slice is: in Slicer's sagittal slices a higher offset is further left."""
+    normal = [node.GetSliceToRAS().GetElement(axis, 2) for axis in range(3)]
+    axis = max(range(3), key=lambda n: abs(normal[n]))
+    value = offset if normal[axis] > 0 else -offset
+    return f"{ENDS[axis][value >= 0]} {abs(value):.1f} mm"
+
+
 def follow_slices(state: Any, slices: dict[str, Any]) -> None:
     """Keep the sliders of the page and the views at one place."""
     for name, view in slices.items():
@@ -72,7 +80,7 @@ def _follow(state: Any, name: str, view: Any) -> None:
                     f"slice_{name}_least": round(least, 3),
                     f"slice_{name}_most": round(most, 3),
                     f"slice_{name}_step": round(step, 4),
-                    f"slice_{name}_text": f"{ENDS[name][value >= 0]} {abs(value):.1f} mm",
+                    f"slice_{name}_text": where_text(view.get_view_node(), value),
                 }
             )
 

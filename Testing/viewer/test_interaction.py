@@ -106,6 +106,20 @@ def test_layouts_show_the_views_that_they_say(a_tab: Any) -> None:
     a_tab.until(lambda: all(a_tab.picture(name).max() > 100 for name in ("Red", "Green", "Yellow")))
 
 
+@pytest.mark.parametrize(("view", "inside", "outside"), [("Red", "S", "I"), ("Green", "P", "A"), ("Yellow", "R", "L")])
+def test_words_over_a_slice_say_where_in_the_patient_it_is(a_tab: Any, view: str, inside: str, outside: str) -> None:
+    seen = {}
+    for offset in (-19, 19):
+        a_tab.page.evaluate(f"window.trame.state.set('slice_{view}', {offset})")
+        a_tab.still()
+        text = a_tab.page.locator(f".view-{view} .view-where").inner_text()
+        seen[text] = int((a_tab.picture(view)[40:-60].mean(axis=-1) > 150).sum())
+
+    # the ball reaches 19 mm one way and not the other
+    assert seen[f"{inside} 19.0 mm"] > 100
+    assert seen[f"{outside} 19.0 mm"] < 100
+
+
 def test_wheel_scrolls_and_the_zoom_keys_zoom(a_tab: Any) -> None:
     text = a_tab.state("slice_Red_text")
     a_tab.page.mouse.move(*a_tab.at("Red", (0, 0, 0)))
