@@ -1,7 +1,7 @@
 """The pictures of the documentation: `python Testing/viewer/pictures.py docs` in the viewer's environment.
 
 Starts the viewer with the sample (or with `--volume`), marks a structure as a user does, and keeps what is on the
-screen, with as few colours as make no difference to the eye.
+screen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import ROOT, Tab, chromium, reduce
+from conftest import ROOT, Tab, chromium, keep_picture
 
 LARGEST = 300_000
 """Bytes of a picture in the repository."""
@@ -27,11 +27,12 @@ def main() -> None:
     """Make them."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("folder", type=Path)
-    options.add_argument("--volume", help="another one than the sample; looked at, not for the repository")
+    options.add_argument("--volume", help="another one than the sample")
     options.add_argument("--name", default="viewer")
     options.add_argument("--expert", type=int, default=2, help="line of the expert that is shown")
     options.add_argument("--size", type=int, nargs=2, default=(1440, 900))
     options.add_argument("--box", type=float, nargs=4, default=(*BOX[0], *BOX[1]))
+    options.add_argument("--slice", type=float, nargs=3, metavar="MM", help="axial, coronal and sagittal")
     given = options.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     from playwright.sync_api import sync_playwright
@@ -52,10 +53,9 @@ def main() -> None:
             width, height = given.size
             page = browser.new_context(viewport={"width": width, "height": height}).new_page()
             segment(Tab(page, url), given)
-            shot = given.folder / f"{given.name}.png"
-            page.screenshot(path=str(shot))
+            shot = given.folder / f"{given.name}.webp"
+            keep_picture(page, shot)
             browser.close()
-        reduce(shot)
         require_small(shot)
     finally:
         viewer.terminate()
@@ -64,6 +64,9 @@ def main() -> None:
 
 def segment(tab: Any, given: argparse.Namespace) -> None:
     """A box, two clicks, and the eye of one expert."""
+    for view, millimetres in zip(("Red", "Green", "Yellow"), given.slice or (), strict=False):
+        tab.page.evaluate(f"window.trame.state.set('slice_{view}', {millimetres})")
+    tab.still()
     area = tab.page.locator(".view-Red").bounding_box()
 
     def at(across: float, down: float) -> tuple[float, float]:

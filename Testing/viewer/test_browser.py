@@ -82,7 +82,7 @@ def test_scribble_with_the_pen_marks_what_it_is_drawn_along_and_alt_what_it_is_n
     half = 0.5 * a_tab.RADIUS
 
     a_tab.press("s")
-    assert a_tab.page.get_by_text("Pen").is_visible()
+    assert a_tab.page.get_by_text("Pen", exact=True).is_visible()
     a_tab.drag("Red", [(r - half, a, s), (r, a + 3, s), (r + half, a, s)])
     first = a_tab.voxels("Segment_1")
     a_tab.page.keyboard.down("Alt")
