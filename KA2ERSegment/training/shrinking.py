@@ -41,6 +41,7 @@ logger = logging.getLogger("KA2ERSegment")
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Those that are tried."""
+LEARNT = " (here, not in its training: it has learnt from them, which speaks for what it learnt)"
 SECTION = "## Share of the learnt part"
 """Of the model card."""
 
@@ -163,8 +164,14 @@ def share_of(bundle: Bundle, given: float | None) -> float:
     return float(noted if given is None else given)  # type: ignore[arg-type]
 
 
-def with_share(content: Content, now: float, measured: Measured) -> Content:
+def with_share(content: Content, now: float, measured: Measured, learnt: bool) -> Content:
     """The content with the best share in weights, plans and card; temperatures are to be fitted again.
+
+    Args:
+        content: of the bundle that was measured.
+        now: the share that its weights hold.
+        measured: on training subjects.
+        learnt: whether the bundle may have learnt from these.
 
     Raises:
         BundleError: it has a gate or a voting head, which were trained around the decoder as it is.
@@ -179,7 +186,8 @@ def with_share(content: Content, now: float, measured: Measured) -> Content:
     text = (
         f"The learnt part of the logits is scaled by {measured.best:g} against the geodesic prior (before: {now:g}). "
         f"Chosen by the mean Dice on {measured.dice.shape[1]} patches of {measured.subjects} training subjects held "
-        f"out; {gain:+.4f} (standard error {error:.4f}) against {measured.shares[-1]:g}.\n\n{measured.table}"
+        f"out{LEARNT if learnt else ''}; {gain:+.4f} (standard error {error:.4f}) against {measured.shares[-1]:g}."
+        f"\n\n{measured.table}"
     )
     card = with_section(content.card, SECTION, text)
     tensors = {name: tensor.detach() for name, tensor in tensors_by_name(model).items()}
@@ -191,7 +199,7 @@ def main(
     config: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Of the training: tasks and sampling.")],
     output: Annotated[Path | None, typer.Option(help="Folder of a new bundle with the best share.")] = None,
     cache: Annotated[Path, typer.Option(help="Folder of packed items of split `train`.")] = Path("cache/train"),
-    held_out: Annotated[int, typer.Option(min=1, help="Measure on one in so many subjects.")] = 8,
+    held_out: Annotated[int, typer.Option(min=1, help="One in so many subjects, where the config holds none out.")] = 8,
     now: Annotated[float | None, typer.Option(help="Share that it holds, where its plans do not say.")] = None,
     patches: Annotated[int, typer.Option(min=2, help="How many.")] = 64,
     clicks: Annotated[int, typer.Option(min=0, help="After the first prompt.")] = 3,
@@ -205,7 +213,10 @@ def main(
     model = build_model(plans, opened.weights()).to("cuda" if on_gpu else "cpu").requires_grad_(False)
     tasks = [ClassMap(name, task["items"], task["classes"]) for name, task in settings["tasks"].items()]
     options = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **settings["sampling"]})
-    items = split_held_out(load_items(cache), settings.get("held_out", 0) or held_out)[1]
+    apart = int(settings.get("held_out", 0))
+    if not apart:
+        typer.echo(f"The config holds nobody out: one in {held_out} subjects is measured on{LEARNT}.")
+    items = split_held_out(load_items(cache), apart or held_out)[1]
     measured = measure(model, share, items, options, tasks, patches, clicks)
     typer.echo(measured.table)
     for each in measured.shares:
@@ -214,7 +225,7 @@ def main(
             typer.echo(f"{each:g} less {share:g}: {gain:+.4f}, standard error {error:.4f}")
     typer.echo(f"best: {measured.best:g}, of {np.prod(measured.dice.shape[1:])} answers each")
     if output is not None:
-        with_share(Content.of(opened), share, measured).save(output)
+        with_share(Content.of(opened), share, measured, learnt=not apart).save(output)
 
 
 if __name__ == "__main__":

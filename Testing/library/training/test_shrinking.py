@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -104,16 +105,22 @@ def test_the_best_share_goes_into_weights_plans_and_card(
     card = (new.folder / "model_card.md").read_text()
     assert "scaled by 0.5 against the geodesic prior (before: 0.8)" in card
     assert "| 1 |" in card
+    assert "it has learnt from them" in card, "as the config holds nobody out"
+    assert "The config holds nobody out" in result.output
     assert "best: 0.5" in result.output
     assert run(a_bundle, a_cache, a_config, "--output", str(tmp_path / "new")).exit_code != 0, "it is there already"
 
 
-def test_without_output_nothing_is_written(a_bundle: Bundle, a_cache: Path, a_config: Path) -> None:
+def test_without_output_nothing_is_written(a_bundle: Bundle, a_cache: Path, a_config: Path, tmp_path: Path) -> None:
+    """And who is held out is said by the config, where it says so."""
+    a_config = shutil.copy(a_config, tmp_path / "held_out.json")
+    a_config.write_text(json.dumps(json.loads(a_config.read_text()) | {"held_out": 4}))
     before = {path.name: path.read_bytes() for path in a_bundle.folder.iterdir()}
     result = run(a_bundle, a_cache, a_config)
 
     assert result.exit_code == 0, result.output
     assert "0.5 less 0.8: +" in result.output
+    assert "holds nobody out" not in result.output
     assert {path.name: path.read_bytes() for path in a_bundle.folder.iterdir()} == before
 
 
@@ -148,7 +155,7 @@ def test_the_share_is_chosen_before_a_gate_is_trained(a_bundle: Bundle) -> None:
     content = Content.of(a_bundle)
     gated = replace(content, plans=replace(content.plans, gate=GatePlans(("tiny_trunk",))))
     with pytest.raises(BundleError, match="before gate and voting head"):
-        with_share(gated, 0.8, Measured(SHARES, torch.zeros(len(SHARES), 2, 1), 2))
+        with_share(gated, 0.8, Measured(SHARES, torch.zeros(len(SHARES), 2, 1), 2), learnt=False)
 
 
 def test_somebody_must_say_which_share_a_bundle_holds(a_bundle: Bundle, tmp_path: Path) -> None:
