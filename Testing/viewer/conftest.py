@@ -114,13 +114,15 @@ class Viewer:
             self.process.kill()
         lines = self.errors.read_text(errors="replace").splitlines()
         self.errors.unlink()
-        return [line for line in lines if re.search(r"warning|error|traceback", line, re.IGNORECASE)]
+        return [line for line in lines if re.search(r"traceback|warn|\berr\b|error: in", line, re.IGNORECASE)]
 
 
 def start_viewer(*arguments: str, token: str = "", **variables: str) -> Viewer:
     """`ka2ersegment view` on a free port of this machine."""
     pytest.importorskip("trame_slicer", reason="needs the viewer's environment: make test-view")
-    command = [sys.executable, "-m", "KA2ERSegment.cli", "view", *arguments, "--no-browser", "--device", "cpu"]
+    command = [sys.executable, "-m", "KA2ERSegment.cli", "view", *arguments, "--no-browser"]
+    if "--engine" not in arguments:
+        command += ["--device", "cpu"]
     if "--port" not in arguments:
         command += ["--port", "0"]
     # Two threads that wait for each other take ten times as long where something else keeps a core busy.

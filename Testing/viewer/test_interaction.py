@@ -22,17 +22,15 @@ def go(tab: Any, view: str, ras: tuple[float, float, float]) -> None:
     axes = {"Red": (0, 1), "Green": (0, 2), "Yellow": (1, 2)}[view]
     keys = (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"))
     focus(tab, view)
-    tab.page.keyboard.press("ArrowRight")
-    tab.until(lambda: tab.cursor() is not None)
+    tab.press("ArrowRight")
+    assert tab.cursor() is not None
     for axis, (more, less) in zip(axes, keys, strict=True):
         for _ in range(200):
             distance = ras[axis] - tab.cursor()[axis]
             if abs(distance) < 1.0:
                 break
             far = "Shift+" if abs(distance) > 15 else ""
-            before = tab.cursor()[axis]
-            tab.page.keyboard.press(far + (more if distance > 0 else less))
-            tab.until(lambda axis=axis, before=before: tab.cursor()[axis] != before)
+            tab.press(far + (more if distance > 0 else less))
 
 
 def test_tools_and_keys_are_those_of_the_slicer_module_and_more(a_tab: Any) -> None:
