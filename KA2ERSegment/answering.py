@@ -24,6 +24,7 @@ from KA2ERSegment.prediction import Ballots, FloatImage, PackedMask
 from KA2ERSegment.preprocessing import Patch, RawPatch, image_statistics, normalise, sample_image
 from KA2ERSegment.prompt_encoder import PatchPrompts
 from KA2ERSegment.rasterise import Evidence, mask_on_patch, patch_prompts, samples_in
+from KA2ERSegment.refinement import Detail, Refiner
 from KA2ERSegment.states import ObjectState
 from KA2ERSegment.volume import Volume
 from KA2ERSegment.zoom import Answer, fits, mask_faces, regrown, trust
@@ -47,6 +48,7 @@ class Answerer:
         self, model: PromptableModel, plans: Plans, device: torch.device, canonical: Volume, feature_bytes: float
     ) -> None:
         self.model, self.plans, self.device, self.canonical = model, plans, device, canonical
+        self.refiner = Refiner(canonical, plans.refinement)
         self.features: OrderedDict[tuple[Patch, tuple[str, ...]], PatchFeatures] = OrderedDict()
         self._feature_bytes = feature_bytes
         self._opinions: OrderedDict[tuple[int, int | str], tuple[Answer, FloatImage]] = OrderedDict()
@@ -58,6 +60,7 @@ class Answerer:
         self.features.clear()
         self._opinions.clear()
         self._ballots = None
+        self.refiner.forget()
 
     def close(self) -> None:
         """Forget the features; nothing can be asked any more."""
@@ -276,6 +279,21 @@ class Answerer:
             if len(self._opinions) > OPINIONS:
                 self._opinions.popitem(last=False)
         return self._opinions[key][1]
+
+    def detail_of(self, shown: Answer, own: ObjectState) -> Callable[[], Detail]:
+        """What a `Prediction` calls: an answer's logits between the patch's samples, where the image says more.
+
+        Beyond a 3D box, and what else was prompted, nothing is added; a mask that is to be smooth does not follow the
+        image, and one that a hand drew is as it drew it.
+        """
+        evidence = own.evidence
+        bound = evidence.extent() if evidence.box is not None and evidence.flat is None else None
+        plain = own.finish.smoothing_mm > 0 or shown.prompts is None
+
+        def detail() -> Detail:
+            return Detail(shown.patch, shown.logits) if plain else self.refiner.detail(shown.logits, shown.patch, bound)
+
+        return detail
 
     def voters_of(self, answer: Answer) -> tuple[str, ...]:
         """Names of the experts that voted on an answer; nobody where a hand drew the mask."""

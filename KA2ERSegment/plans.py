@@ -43,7 +43,7 @@ class FoundationPlans:
         _require(_is_count(self.window), "foundation.window", "a whole number above zero", self.window)
 
 
-SYSTEMS = ("experts", "domains", "gate", "voting", "calibration")
+SYSTEMS = ("experts", "domains", "gate", "voting", "calibration", "refinement")
 """What `Plans.without` can switch off."""
 
 _WORDS = ("licence", "origin", "sha256", "note")
@@ -289,9 +289,10 @@ class Plans:
     calibration: Mapping[str, float] = field(default_factory=dict)
     """Temperature by which logits are divided before they become probabilities: of each expert by its name in
     `Prediction.experts`, and of the whole model as "mask"; 1 where nothing is said. A mask does not change by it."""
-
     shrink: float | None = None
     """Share of the learnt part of the logits that the weights hold (`MaskDecoder.shrink`); None: not noted."""
+    refinement: bool = True
+    """Off: masks of large objects are interpolated between the patch's samples and do not follow the image."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can be built from."""
@@ -312,6 +313,7 @@ class Plans:
         _require(fitted, "calibration", "a temperature above zero for each name", heat)
         held = self.shrink
         _require(held is None or (_is_number(held) and held > 0), "shrink", "a number above zero, or nothing", held)
+        _require(isinstance(self.refinement, bool), "refinement", "true or false", self.refinement)
         names = [expert.name for expert in self.experts]
         unique = len(set(names)) == len(names) and "foundation" not in names
         _require(unique, "expert names", "unique and not 'foundation'", names)
@@ -334,6 +336,8 @@ class Plans:
                 plans = replace(plans, voting=plans.voting and replace(plans.voting, enabled=False))
             elif system == "calibration":
                 plans = replace(plans, calibration={})
+            elif system == "refinement":
+                plans = replace(plans, refinement=False)
             else:
                 _require(False, "what is switched off", f"one of {', '.join(SYSTEMS)}", system)
         return plans
@@ -347,7 +351,7 @@ class Plans:
         if data["amalgamation"]["domain"] is None:
             del data["amalgamation"]["domain"]
         default = Plans()
-        later = ("amalgamation", "gate", "voting", "calibration", "shrink")
+        later = ("amalgamation", "gate", "voting", "calibration", "shrink", "refinement")
         for key in later:  # older versions read a bundle without them too
             if getattr(self, key) == getattr(default, key):
                 del data[key]

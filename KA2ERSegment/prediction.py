@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from KA2ERSegment.geometry import BoolArray, Box, FloatArray, Ijk
 from KA2ERSegment.preprocessing import Patch, sample_nearest, upsample
+from KA2ERSegment.refinement import Detail
 from KA2ERSegment.volume import Volume
 
 FloatImage = npt.NDArray[np.float32]
@@ -172,6 +173,7 @@ class Prediction:
         changed: half-open box on the volume's own grid: outside it every object's mask is what it was before.
         arms: names of the arms of the amalgamation that took part.
         weights: (arms, n, n, n) float32, their shares in the decision, summing to 1, on a coarser grid of the patch.
+        detail: computes the logits between the patch's samples, where the image says more; None where it does not.
         opinion: computes the logits (S, S, S) of one arm alone, by its index in `arms`.
         gate: weight that the gate gives to each mask decoder, by name, "general" first; empty without a gate.
         decoders: the mask decoders that were heard, with their shares in the mask, "general" first. A specialist is
@@ -201,6 +203,7 @@ class Prediction:
     voters: tuple[str, ...] = field(default=(), repr=False)
     votes: FloatImage = field(default_factory=_NO_VOTES.copy, repr=False)
     ballots: Callable[[], Ballots] = field(default=_nobody, repr=False)
+    detail: Callable[[], Detail] | None = field(default=None, repr=False)
 
     @property
     def mask(self) -> BoolArray:
@@ -230,7 +233,7 @@ class Prediction:
         box = seen.union(self.packed.box)
         probability = np.zeros(box.shape_kji, dtype=np.float32)
         if seen.size:
-            seen.within(box).paste(self._probable(upsample(self.logits, self.patch, seen)), probability)
+            seen.within(box).paste(self._probable(self._detail.at_voxels(seen)), probability)
         mask = self.packed.on(box)
         half = np.float32(0.5)
         np.copyto(probability, np.maximum(probability, np.nextafter(half, np.float32(1))), where=mask)
@@ -249,9 +252,16 @@ class Prediction:
 
     def on_patch(self) -> tuple[BoolArray, FloatImage]:
         """The final mask (S, S, S) on the samples of the patch, and the probability there, 0 or 1 where they differ."""
-        mask = self._mask_on_patch
-        probability = self._probable(self.logits)
-        return mask, np.where(mask == (self.logits > 0), probability, mask).astype(np.float32)
+        mask, logits = self._mask_on_patch, self._detail.on(self.patch)
+        return mask, np.where(mask == (logits > 0), self._probable(logits), mask).astype(np.float32)
+
+    def at_voxels(self, box: Box) -> FloatImage:
+        """(K, J, I) float32, the network's logits on the voxels of a box of the canonical volume."""
+        return self._detail.at_voxels(box)
+
+    @property
+    def _detail(self) -> Detail:
+        return Detail(self.patch, self.logits) if self.detail is None else self.detail()
 
     @cached_property
     def _mask_on_patch(self) -> BoolArray:

@@ -566,11 +566,13 @@ class Session:
         volume, answerer = self._require_volume()
         before, others = state.of(step.name).mask, state.others(step.name)
         shown = replace(answer, logits=self._finished(own, answer))
+        detail = answerer.detail_of(shown, own)
         if drawn is None:
-            packed = final_mask(own, shown, others, step.neighbours, before, answerer.canonical)
+            packed = final_mask(own, shown, detail(), others, step.neighbours, before, answerer.canonical)
         else:
             packed = drawn
-            drawing = drawing_of(state.of(step.name), drawn, shown, answerer.canonical) if drawn.box.size else None
+            former_own = state.of(step.name)
+            drawing = drawing_of(former_own, drawn, shown, detail(), answerer.canonical) if drawn.box.size else None
             own = replace(own, drawing=drawing)
         checkpoint()
         lost: Mapping[str, ObjectState] = {}
@@ -584,6 +586,7 @@ class Session:
             name=step.name,
             patch=shown.patch,
             logits=shown.logits,
+            detail=detail,
             packed=packed,
             changed=volume.from_canonical_box(former.union(packed.box).union(touched)),
             arms=("foundation", *answer.experts) if len(answer.weights) else (),

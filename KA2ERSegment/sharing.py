@@ -14,6 +14,7 @@ from KA2ERSegment.geometry import BoolArray, Box, Ijk
 from KA2ERSegment.prediction import FloatImage, PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch, upsample
 from KA2ERSegment.rasterise import Evidence
+from KA2ERSegment.refinement import Detail
 from KA2ERSegment.states import NO_MASK, NOTHING, Drawing, ObjectState
 from KA2ERSegment.steps import Neighbours
 from KA2ERSegment.volume import Volume
@@ -78,7 +79,13 @@ def seen_as_outside(own: ObjectState, others: Others, neighbours: Neighbours) ->
 
 
 def final_mask(
-    own: ObjectState, answer: Answer, others: Others, neighbours: Neighbours, before: PackedMask, canonical: Volume
+    own: ObjectState,
+    answer: Answer,
+    detail: Detail,
+    others: Others,
+    neighbours: Neighbours,
+    before: PackedMask,
+    canonical: Volume,
 ) -> PackedMask:
     """The mask at the volume's own resolution.
 
@@ -88,6 +95,7 @@ def final_mask(
     Args:
         own: the object, its evidence with the newest prompt.
         answer: the network's, finished.
+        detail: its logits on a finer grid, where there is one.
         others: with a mask.
         neighbours: what they may lose.
         before: the object's mask so far.
@@ -109,7 +117,7 @@ def final_mask(
         if sign > 0 or near.intersect(candidates).size:
             box = box.union(near)
     checkpoint()
-    logits = upsample(answer.logits, answer.patch, box)
+    logits = detail.at_voxels(box)
     drawn = None if own.drawing is None else _draw(own.drawing, answer.patch, logits, box, canonical)
     blocked = np.zeros(box.shape_kji, dtype=bool)
     for _, state, prediction in others:
@@ -128,7 +136,7 @@ def final_mask(
         if state.locked or neighbours is Neighbours.KEEP:
             blocked[inside] |= theirs
         else:  # by how much this object is the more probable one
-            lead = np.maximum(upsample(prediction.logits, prediction.patch, common), 0)
+            lead = np.maximum(prediction.at_voxels(common), 0)
             logits[inside] -= np.where(theirs, lead, 0)
     checkpoint()
     return PackedMask.pack(box, honour(logits, box, answer.patch, clicks, blocked, drawn))
@@ -184,13 +192,14 @@ def by_hand(mask: PackedMask, others: Others, neighbours: Neighbours) -> PackedM
     return mask
 
 
-def drawing_of(own: ObjectState, mask: PackedMask, answer: Answer, canonical: Volume) -> Drawing:
+def drawing_of(own: ObjectState, mask: PackedMask, answer: Answer, detail: Detail, canonical: Volume) -> Drawing:
     """What a hand made of an object that looked as `own` until then.
 
     Args:
         own: the object before.
         mask: the object's after.
         answer: that the mask stands for, finished.
+        detail: of its logits.
         canonical: the volume.
     """
     held = own.drawing.held if own.drawing else NO_MASK
@@ -206,7 +215,8 @@ def drawing_of(own: ObjectState, mask: PackedMask, answer: Answer, canonical: Vo
         voxels = held.on(whole)
         wide.within(whole).crop(voxels)[...] |= _widened(around, reach)
         held = PackedMask.pack(whole, voxels)
-    return Drawing(mask, held, answer.patch, answer.logits)
+    logits = answer.logits if detail.patch == answer.patch else detail.logits.astype(np.float16)  # kept for undo
+    return Drawing(mask, held, detail.patch, logits)
 
 
 def close_to(newest: Evidence, patch: Patch) -> tuple[Box, ...]:
@@ -235,7 +245,7 @@ def _draw(drawing: Drawing, patch: Patch, logits: FloatImage, box: Box, canonica
         (K, J, I), voxels that are as the hand left them and held so.
     """
     checkpoint()
-    then = upsample(drawing.logits, drawing.patch, box) > 0
+    then = upsample(drawing.logits.astype(np.float32), drawing.patch, box) > 0
     then &= _within(drawing.patch.box(canonical.shape_kji), box)
     held = drawing.held.on(box)
     free = ~held

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from KA2ERSegment.geometry import Box
-from KA2ERSegment.prediction import FloatImage, PackedMask, Prediction
+from KA2ERSegment.prediction import PackedMask, Prediction
 from KA2ERSegment.preprocessing import Patch
 from KA2ERSegment.prompts import Prompt
 from KA2ERSegment.rasterise import Evidence
@@ -26,15 +27,15 @@ class Drawing:
     Args:
         mask: as the hand left it.
         held: what the hand changed, and a little around it: changed by later prompts only close to them.
-        patch: of the network's answer at that time.
-        logits: (S, S, S) of that answer, finished.
+        patch: of the network's answer at that time, or a finer grid of the same part.
+        logits: (n, n, n) of that answer there, finished; float16 on a finer grid.
         near: voxels close to each prompt given since.
     """
 
     mask: PackedMask
     held: PackedMask
     patch: Patch
-    logits: FloatImage
+    logits: npt.NDArray[np.floating]
     near: tuple[Box, ...] = ()
 
 
