@@ -102,7 +102,7 @@ class ExpertOpinion:
 
 
 class ExpertOpinions(Mapping[str, ExpertOpinion]):
-    """Opinions by name, each computed when it is first asked for.
+    """Opinions by name, each computed anew whenever it is asked for: all of them would fill gigabytes.
 
     Args:
         names: of those who have one.
@@ -111,14 +111,11 @@ class ExpertOpinions(Mapping[str, ExpertOpinion]):
 
     def __init__(self, names: tuple[str, ...], look: Callable[[str], ExpertOpinion]) -> None:
         self._names, self._look = names, look
-        self._known: dict[str, ExpertOpinion] = {}
 
     def __getitem__(self, name: str) -> ExpertOpinion:
         if name not in self._names:
             raise KeyError(name)
-        if name not in self._known:
-            self._known[name] = self._look(name)
-        return self._known[name]
+        return self._look(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would compute the opinion to find out
@@ -181,7 +178,8 @@ class Prediction:
         calibration: temperature by which logits are divided before they are probabilities, of each of `experts` by its
             name and of the whole model as "mask"; 1 where nothing is said. The mask does not depend on it.
         decoder: computes the logits (S, S, S) of one mask decoder alone, by its name in `gate`.
-        voters: names of the experts of the voting head; none where there is no such head, or a hand drew the mask.
+        voters: names of the experts of the voting head; none where there is no such head, or a hand drew a mask
+            that no prompt had been given. After a hand changed an answer they are those that voted on it.
         votes: (voters, n, n, n) float32, their shares in the vote as `weights` has those of the arms.
         ballots: computes what each of them said and counted, sample by sample.
     """
@@ -281,7 +279,7 @@ class Prediction:
 
     @cached_property
     def experts(self) -> Mapping[str, ExpertOpinion]:
-        """The opinion of each expert of every mode by its name; computed when asked for.
+        """The opinion of each expert of every mode by its name, as whole images; computed whenever asked for, not kept.
 
         First the arms of the amalgamation, "foundation" (no expert) before the others; "decoder general" and the
         specialists that the gate chooses among; "head basic" and the other experts of the voting head. In each of the

@@ -119,7 +119,8 @@ def write_confidence(
 
     Args:
         folder: its parent must exist.
-        maps: name -> (K, J, I) real numbers. Names become file names.
+        maps: name -> (K, J, I) real numbers. Names become file names. Each map is asked for once and let go before the
+            next: a mapping may compute them as they are written.
         volume: whose grid and affine the files get.
         force: replace existing files.
 
@@ -138,15 +139,9 @@ def write_confidence(
     if len({name.casefold() for name in maps}) < len(maps):  # the same file on Windows and macOS
         message = f"names of maps must differ in more than case, got {list(maps)}. Rename one."
         raise VolumeError(message)
-    for name, array in maps.items():
+    for name in maps:
         if not re.fullmatch(r"\w[\w .+-]*", name):
             message = f"a map's name must be a file name of letters, digits, ' ', '.', '+', '-' and '_', got {name!r}."
-            raise VolumeError(message)
-        if array.shape != volume.shape_kji or not np.issubdtype(array.dtype, np.floating):
-            message = (
-                f"map {name!r} must be floats of shape KJI {volume.shape_kji} as volume {volume.name!r}, "
-                f"got {array.dtype} of shape {array.shape}."
-            )
             raise VolumeError(message)
     paths = [folder / f"{name}.nii.gz" for name in maps]
     made = not folder.exists()
@@ -155,9 +150,9 @@ def write_confidence(
             folder.mkdir()
         for path in paths:
             _check_free(path, force)
-        with _replacing(paths, ".nii.gz") as temporaries:
-            for temporary, array in zip(temporaries, maps.values(), strict=True):
-                _write_nifti(temporary, array.astype(np.float32), volume)
+        with _replacing(paths, ".nii.gz", (OSError,)) as temporaries:  # a network out of memory is a RuntimeError
+            for temporary, name in zip(temporaries, maps, strict=True):
+                _write_nifti(temporary, _map_of(maps[name], name, volume), volume)
     except OSError as error:
         message = f"output folder {str(folder)!r} could not be made: {error.strerror}. Choose another one."
         raise VolumeError(message) from error
@@ -166,6 +161,17 @@ def write_confidence(
             with suppress(OSError):  # stays where files are in it
                 folder.rmdir()
     return paths
+
+
+def _map_of(array: npt.NDArray[Any], name: str, volume: Volume) -> npt.NDArray[np.float32]:
+    """As float32, once it is known to lie on the volume's grid."""
+    if array.shape != volume.shape_kji or not np.issubdtype(array.dtype, np.floating):
+        message = (
+            f"map {name!r} must be floats of shape KJI {volume.shape_kji} as volume {volume.name!r}, "
+            f"got {array.dtype} of shape {array.shape}."
+        )
+        raise VolumeError(message)
+    return array.astype(np.float32, copy=False)
 
 
 def _check_free(path: Path, force: bool) -> None:
@@ -346,8 +352,16 @@ def _colour(value: int) -> Colour:
 
 
 @contextmanager
-def _replacing(paths: Sequence[Path], extension: str) -> Iterator[list[Path]]:
-    """Names to write to; on success they are moved to `paths`, on failure they are gone."""
+def _replacing(
+    paths: Sequence[Path], extension: str, failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
+) -> Iterator[list[Path]]:
+    """Names to write to; on success they are moved to `paths`, on failure they are gone.
+
+    Args:
+        paths: files to be written.
+        extension: of the names.
+        failures: that mean that a file could not be written; RuntimeError is all that SimpleITK raises.
+    """
     # The writers look at the extension, so it stays; lower case, because nibabel takes no `.NII.GZ`.
     temporaries = [path.with_name(f".{uuid.uuid4().hex[:12]}{extension}") for path in paths]
     try:
@@ -357,7 +371,7 @@ def _replacing(paths: Sequence[Path], extension: str) -> Iterator[list[Path]]:
                 os.fsync(file.fileno())  # a full network disk may tell only now
         for temporary, path in zip(temporaries, paths, strict=True):
             temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: all that SimpleITK raises
+    except failures as error:
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full or read-only"
         folder = str(paths[0].parent)
         message = (

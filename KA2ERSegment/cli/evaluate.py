@@ -25,9 +25,11 @@ class System(str, Enum):
     """What can be switched off: `KA2ERSegment.plans.SYSTEMS`."""
 
     EXPERTS = "experts"
+    DOMAINS = "domains"
     GATE = "gate"
     VOTING = "voting"
     CALIBRATION = "calibration"
+    REFINEMENT = "refinement"
 
 
 def evaluate(

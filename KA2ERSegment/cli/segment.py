@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -15,8 +16,9 @@ from KA2ERSegment.cli.common import BundleOption, Device, DeviceOption, JsonOpti
 from KA2ERSegment.errors import KA2ERError
 
 if TYPE_CHECKING:
+    from KA2ERSegment.engine.client import EngineClient
     from KA2ERSegment.engine.wire import ObjectChange
-    from KA2ERSegment.geometry import FloatArray
+    from KA2ERSegment.geometry import Box, FloatArray
     from KA2ERSegment.prompts import Prompt
     from KA2ERSegment.volume import Volume
 
@@ -85,18 +87,17 @@ def segment(
             volume = Volume.read(image)
         new = _prompts_of(corners, clicks, volume, ras=ras)
         begin = time.perf_counter()
-        if engine is None:
-            done = _segment_here(
-                run, volume, new, prompts, object_name, bundle, device, opinions=confidence is not None
-            )
-        else:
-            done = _segment_there(
-                run, volume, new, prompts, object_name, engine, api_key, opinions=confidence is not None
-            )
-        seconds = time.perf_counter() - begin
-        with run.step("Writing"):
+        with contextlib.ExitStack() as until_written:
+            if engine is None:
+                done = _segment_here(run, volume, new, prompts, object_name, bundle, device)
+            else:
+                client = until_written.enter_context(contextlib.closing(_client(engine, api_key)))
+                done = _segment_there(run, volume, new, prompts, object_name, client)
+            seconds = time.perf_counter() - begin
             if confidence is not None:
-                write_confidence(confidence, done.maps, volume, force=force)
+                with run.step("Computing and writing confidence maps"):
+                    write_confidence(confidence, done.maps, volume, force=force)
+        with run.step("Writing"):
             write_segmentation(output, done.masks, volume, headers=headers, force=force)
         voxel_ml = float(volume.spacing[0] * volume.spacing[1] * volume.spacing[2]) / 1000
         counts = {name: int(mask.sum()) for name, mask in done.masks.items()}
@@ -106,7 +107,9 @@ def segment(
                 "confidence": None if confidence is None else str(confidence),
                 "objects": {n: {"voxels": c, "millilitres": round(c * voxel_ml, 4)} for n, c in counts.items()},
                 "quality": round(done.quality, 4),
-                "expert_weights": {name: round(float(weight), 4) for name, weight in done.weights.items()},
+                "expert_weights": {
+                    name: round(float(weight), 4) for name, weight in done.weights.items() if confidence is not None
+                },
                 "device": done.device,
                 "seconds": round(seconds, 3),
             }
@@ -191,15 +194,52 @@ class _Segmented(NamedTuple):
         masks: of each object; where they overlap the newest shows.
         quality: Dice to expect of the object that prompts went to.
         weights: mean share of each expert in that object, by its name in `Prediction.experts`.
-        maps: file name to confidence map.
+        maps: file name to confidence map, each computed when it is asked for.
         device: of the network.
     """
 
     masks: dict[str, Any]
     quality: float
     weights: dict[str, float]
-    maps: dict[str, Any]
+    maps: Mapping[str, Any]
     device: str
+
+
+class _Maps(Mapping[str, Any]):
+    """Probability and weight of each expert on the whole grid, by file name, computed as they are asked for.
+
+    What is kept is one expert's opinion on the patch alone: a whole grid for each of 16 experts would be gigabytes.
+
+    Args:
+        experts: their names.
+        look: what one of them says: probability and weight, as they come.
+        whole: takes either to the volume's grid.
+    """
+
+    def __init__(
+        self, experts: Sequence[str], look: Callable[[str], tuple[Any, Any]], whole: Callable[[Any], Any]
+    ) -> None:
+        self._look, self._whole = look, whole
+        stems = _file_stems(experts)
+        self._places = {
+            f"{stems[expert]}_{kind}": (expert, at)
+            for expert in experts
+            for at, kind in enumerate(("probability", "weight"))
+        }
+        self._last: tuple[str, tuple[Any, Any]] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        expert, at = self._places[name]
+        if self._last is None or self._last[0] != expert:
+            self._last = None  # lest two are held
+            self._last = expert, self._look(expert)
+        return self._whole(self._last[1][at])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _segment_here(
@@ -210,8 +250,6 @@ def _segment_here(
     name: str | None,
     bundle: Path | None,
     device: Device,
-    *,
-    opinions: bool,
 ) -> _Segmented:
     """Segment in this process."""
     with run.step("Starting"):
@@ -231,16 +269,23 @@ def _segment_here(
     prediction = session.prediction
     if prediction is None:
         raise _no_prompt(session.selected)
-    weights: dict[str, float] = {}
-    maps: dict[str, Any] = {}
-    if opinions:
-        with run.step("Computing confidence maps"):
-            weights = {expert: opinion.mean_weight for expert, opinion in prediction.experts.items()}
-            for expert, opinion in prediction.experts.items():
-                maps |= _maps_of(expert, opinion.probability, opinion.weight)
     labels, names = session.label_map()
     masks = {each: labels == value for value, each in enumerate(names, 1)}
-    return _Segmented(masks, float(prediction.quality), weights, maps, device.value)
+    shown = prediction
+
+    def opinion(expert: str) -> tuple[Any, Any]:
+        box, probability, weight = shown.opinion_crop(expert)
+        return (box, probability), (box, weight)
+
+    maps = _Maps(list(shown.shares), opinion, lambda crop: _in_box(crop[0], crop[1], volume))
+    return _Segmented(masks, float(shown.quality), dict(shown.shares), maps, device.value)
+
+
+def _client(url: str, api_key: str) -> EngineClient:
+    """Nothing of torch is loaded with it."""
+    from KA2ERSegment.engine.client import EngineClient
+
+    return EngineClient(url, api_key)
 
 
 def _segment_there(
@@ -249,49 +294,49 @@ def _segment_there(
     new: list[Prompt],
     saved: Path | None,
     name: str | None,
-    url: str,
-    api_key: str,
-    *,
-    opinions: bool,
+    client: EngineClient,
 ) -> _Segmented:
     """Segment in an engine that runs somewhere; nothing of torch is loaded here."""
     import numpy as np
 
-    from KA2ERSegment.engine.client import EngineClient
     from KA2ERSegment.steps import read_steps_file
 
-    client = EngineClient(url, api_key)
-    with contextlib.closing(client):
-        with run.step("Asking the engine"):
-            info = client.info()
-        with run.step("Sending the image"):
-            session = client.open(volume.array_kji, volume.ijk_to_ras)
-        found: dict[str, ObjectChange] = {}
-        with run.step("Segmenting"):
-            changes = [] if saved is None else [session.give(read_steps_file(saved))]
-            changes += [session.select(name or (session.selected if saved else "object"))]
-            changes += [session.add(prompt) for prompt in new]
-        for change in changes:
-            found |= {one.name: one for one in change.objects}
-        mine = found.get(session.selected)
-        if mine is None or mine.quality is None:
-            raise _no_prompt(session.selected)
-        maps: dict[str, Any] = {}
-        if opinions:
-            with run.step("Computing confidence maps"):
-                for expert in mine.shares:
-                    opinion = session.opinion(session.selected, expert)
-                    maps |= _maps_of(
-                        expert,
-                        _on_grid(opinion.ijk_to_ras, opinion.probability, volume),
-                        _on_grid(opinion.ijk_to_ras, opinion.weight, volume),
-                    )
-        labels = np.zeros(volume.shape_kji, dtype=np.uint16)
-        for value, each in enumerate(session.names, 1):
-            box, mask = session.mask(each)
-            labels[box.slices][mask] = value
-        masks = {each: labels == value for value, each in enumerate(session.names, 1)}
-    return _Segmented(masks, mine.quality, dict(mine.shares) if opinions else {}, maps, str(info["device"]))
+    with run.step("Asking the engine"):
+        info = client.info()
+    with run.step("Sending the image"):
+        session = client.open(volume.array_kji, volume.ijk_to_ras)
+    found: dict[str, ObjectChange] = {}
+    with run.step("Segmenting"):
+        changes = [] if saved is None else [session.give(read_steps_file(saved))]
+        changes += [session.select(name or (session.selected if saved else "object"))]
+        changes += [session.add(prompt) for prompt in new]
+    for change in changes:
+        found |= {one.name: one for one in change.objects}
+    mine = found.get(session.selected)
+    if mine is None or mine.quality is None:
+        raise _no_prompt(session.selected)
+    labels = np.zeros(volume.shape_kji, dtype=np.uint16)
+    for value, each in enumerate(session.names, 1):
+        box, mask = session.mask(each)
+        labels[box.slices][mask] = value
+    masks = {each: labels == value for value, each in enumerate(session.names, 1)}
+
+    def opinion(expert: str) -> tuple[Any, Any]:
+        said = session.opinion(session.selected, expert)
+        return (said.ijk_to_ras, said.probability), (said.ijk_to_ras, said.weight)
+
+    maps = _Maps(list(mine.shares), opinion, lambda said: _on_grid(said[0], said[1], volume))
+    return _Segmented(masks, mine.quality, dict(mine.shares), maps, str(info["device"]))
+
+
+def _in_box(box: Box, values: Any, volume: Volume) -> Any:
+    """Values in a box of a volume's own grid, on the whole of it."""
+    import numpy as np
+
+    out = np.zeros(volume.shape_kji, dtype=np.float32)
+    if box.size:
+        box.paste(values, out)
+    return out
 
 
 def _on_grid(ijk_to_ras: FloatArray, values: Any, volume: Volume) -> Any:
@@ -326,7 +371,16 @@ def _no_prompt(name: str) -> KA2ERError:
     return KA2ERError(message)
 
 
-def _maps_of(expert: str, probability: Any, weight: Any) -> dict[str, Any]:
-    """File name to map: probability and weight of one expert."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", expert)
-    return {f"{stem}_probability": probability, f"{stem}_weight": weight}
+def _file_stems(experts: Sequence[str]) -> dict[str, str]:
+    """What each expert's files begin with: its name as far as file names allow, with a number where that is taken."""
+    stems: dict[str, str] = {}
+    taken: set[str] = set()
+    for expert in experts:
+        stem = first = re.sub(r"[^A-Za-z0-9_-]+", "_", expert)
+        number = 1
+        while stem.casefold() in taken:  # "a" and "A" are one file on Windows and macOS
+            number += 1
+            stem = f"{first}_{number}"
+        taken.add(stem.casefold())
+        stems[expert] = stem
+    return stems

@@ -24,7 +24,7 @@ from KA2ERSegment.errors import KA2ERError
 from KA2ERSegment.geometry import BoolArray, Box, FloatArray, check_affine
 from KA2ERSegment.prompts import Polarity, Suggestion
 
-PROTOCOL = 1
+PROTOCOL = 2
 """A client and an engine of different numbers do not talk to each other."""
 API = "/ka2er/v1"
 LEASE_HEADER = "X-Lease-Token"
@@ -374,13 +374,19 @@ def unpack_frame(data: bytes, max_bytes: int = 1 << 33) -> tuple[dict[str, Any],
         max_bytes: of all arrays together.
 
     Raises:
-        MalformedError: damaged, or larger.
+        MalformedError: damaged, larger, or of another protocol.
     """
     if len(data) < _HEAD.size:
         refuse("a frame must have a head", data[:16])
     magic, protocol, length = _HEAD.unpack_from(data)
-    if magic != _MAGIC or protocol != PROTOCOL:
-        refuse(f"a frame must begin with {_MAGIC!r} and protocol {PROTOCOL}", data[:8])
+    if magic != _MAGIC:
+        refuse(f"a frame must begin with {_MAGIC!r}", data[:8])
+    if protocol != PROTOCOL:
+        message = (
+            f"a frame must be of protocol {PROTOCOL}, got one of {protocol}. "
+            "Install the same version of KA2ERSegment on both sides."
+        )
+        raise MalformedError(message)
     if length > min(_MAX_HEAD, len(data) - _HEAD.size):
         refuse("a frame's head must be as long as it says", length)
     at = _HEAD.size + length

@@ -387,7 +387,7 @@ def test_connection_is_kept_open_and_made_anew_when_the_other_side_closed_it(a_c
     assert connection.sock is first
 
     first.shutdown(2)  # as a proxy does with connections that it finds idle
-    assert a_client.info()["protocol"] == 1
+    assert a_client.info()["protocol"] == 2
     assert connection.sock is not first
 
 
@@ -413,10 +413,22 @@ def test_wrong_key_and_strangers_are_told_apart(an_engine: LocalEngine) -> None:
 
 
 def test_client_of_another_protocol_is_told_so(a_client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("KA2ERSegment.engine.client.PROTOCOL", 2)
+    """Of one before the experts of every mode were shown."""
+    monkeypatch.setattr("KA2ERSegment.engine.client.PROTOCOL", 1)
 
-    with pytest.raises(EngineError, match="Install the same version"):
+    with pytest.raises(EngineError, match=r"must speak protocol 1, it speaks 2 .*Install the same version") as refused:
         a_client.info()
+    assert refused.value.kind == "protocol"
+
+
+def test_engine_of_another_protocol_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of the version before answers: it said which arms there are, and nothing of other experts."""
+    old = b'{"version": "0.0.1", "protocol": 1, "device": "cpu", "bundle": {}, "arms": ["foundation"]}'
+    monkeypatch.setattr(EngineClient, "request", lambda *_, **__: old)
+
+    with pytest.raises(EngineError, match=r"must speak protocol 2, it speaks 1 \(version '0\.0\.1'\)") as refused:
+        EngineClient("http://127.0.0.1:1", "key").info()
+    assert refused.value.kind == "protocol"
 
 
 def test_forgotten_client_stops_its_heartbeat(an_engine: LocalEngine, a_volume: Volume) -> None:

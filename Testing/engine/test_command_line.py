@@ -45,7 +45,7 @@ def run(*arguments: object) -> Any:
 
 def test_engine_started_by_hand_makes_a_key_and_says_it_once(a_served: dict[str, Any]) -> None:
     assert len(a_served["api_key"]) >= 32
-    assert EngineClient(a_served["url"], a_served["api_key"]).info()["protocol"] == 1
+    assert EngineClient(a_served["url"], a_served["api_key"]).info()["protocol"] == 2
     with pytest.raises(EngineError, match="key"):
         EngineClient(a_served["url"]).info()
 

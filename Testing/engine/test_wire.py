@@ -122,6 +122,13 @@ def test_changes_come_back_as_they_were() -> None:
     assert found.of("ü") is None
 
 
+def test_a_frame_of_another_protocol_says_what_to_do() -> None:
+    frame = bytearray(pack_frame({"a": 1}))
+    frame[4:8] = (1).to_bytes(4, "little")
+    with pytest.raises(MalformedError, match=r"protocol 2, got one of 1\. Install the same version"):
+        unpack_frame(bytes(frame))
+
+
 def test_suggestions_come_back_as_they_were() -> None:
     suggestion = Suggestion((1.0, -2.5, 3.0), Polarity.NEGATIVE, 0.25)
 

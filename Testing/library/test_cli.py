@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel
 import numpy as np
@@ -20,6 +20,7 @@ from KA2ERSegment.bundle import Bundle
 from KA2ERSegment.cli import app
 from KA2ERSegment.cli.evaluate import System
 from KA2ERSegment.errors import BundleError
+from KA2ERSegment.geometry import Box
 from KA2ERSegment.plans import SYSTEMS
 from KA2ERSegment.prompts import BoxPrompt, PointPrompt, Polarity, Prompt, prompt_from_json
 from KA2ERSegment.volume import Volume
@@ -33,6 +34,7 @@ class FakeSession:
     """Each object is what its positive prompts cover, less what its negative ones cover."""
 
     last: FakeSession
+    shares: ClassVar = {"foundation": 0.75, "ct organs": 0.25}
 
     def __init__(self, bundle: object, device: str = "auto") -> None:
         FakeSession.last = self
@@ -63,14 +65,21 @@ class FakeSession:
         if self.selected not in self.prompts:
             return None
         mask = self._mask(self.selected)
+        i, j, k = (n - 1 for n in self.volume.shape_ijk)
+        box = Box((0, 0, 0), (i, j, k))
+
+        def opinion_crop(name: str) -> tuple[Box, np.ndarray, np.ndarray]:
+            seen = box.crop(mask).astype(np.float32)
+            return box, seen * 0.5, np.full(seen.shape, self.shares[name], dtype=np.float32)
+
         opinions = {
             name: SimpleNamespace(probability=mask * 0.5, weight=np.full(mask.shape, share), mean_weight=share)
-            for name, share in (("foundation", 0.75), ("ct organs", 0.25))
+            for name, share in self.shares.items()
         }
-        probability = mask.astype(np.float32)
         return SimpleNamespace(
-            mask=mask, probability=probability, experts=opinions, arms=tuple(opinions), quality=0.5, volume=self.volume
-        )
+            mask=mask, probability=mask.astype(np.float32), experts=opinions, arms=tuple(opinions), shares=self.shares,
+            opinion_crop=opinion_crop, quality=0.5, volume=self.volume,
+        )  # fmt: skip
 
     def label_map(self) -> tuple[np.ndarray, tuple[str, ...]]:
         labels = np.zeros(self.volume.shape_kji, dtype=np.uint16)
@@ -258,6 +267,22 @@ def test_confidence_maps_of_every_expert_are_written(an_image: Path, tmp_path: P
     again = run("segment", an_image, "--output", tmp_path / "other.nii.gz", *words)
     assert again.exit_code == 1
     assert "--confidence" in json.loads(again.stdout)["error"]
+
+
+def test_experts_of_like_names_have_maps_of_their_own(
+    an_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeSession, "shares", {"decoder_x": 0.7, "decoder x": 0.2, "Decoder_X": 0.1})
+    words = ("--point", "5,6,7", "--confidence", tmp_path / "maps", "--json")
+    result = run("segment", an_image, "--output", tmp_path / "mask.nii.gz", *words)
+    assert result.exit_code == 0, result.output
+    weights = {path.name: nibabel.load(path).get_fdata().max() for path in (tmp_path / "maps").glob("*_weight*")}
+    assert weights == {
+        "decoder_x_weight.nii.gz": pytest.approx(0.7),
+        "decoder_x_2_weight.nii.gz": pytest.approx(0.2),
+        "Decoder_X_3_weight.nii.gz": pytest.approx(0.1),
+    }
+    assert len(list((tmp_path / "maps").iterdir())) == 6
 
 
 def test_interrupted_run_leaves_no_file(an_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

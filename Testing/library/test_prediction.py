@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -127,6 +129,14 @@ def test_an_opinion_is_zero_outside_the_patch(any_volume: Volume) -> None:
     assert not opinion.probability[~inside].any()
     assert not opinion.weight[~inside].any()
     assert opinion.mean_weight == pytest.approx(0.75)
+
+
+def test_whole_opinions_are_not_kept_by_the_prediction(any_volume: Volume) -> None:
+    prediction = a_prediction(any_volume)
+    kept = [weakref.ref(opinion.weight) for opinion in prediction.experts.values()]
+    gc.collect()
+    assert len(kept) == 2
+    assert not any(each() is not None for each in kept[:1]), "16 experts of a large volume would be gigabytes"
 
 
 # -- crops, quality, shares, disagreement ------------------------------------------------------------------------------

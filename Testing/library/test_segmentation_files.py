@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import weakref
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 import nibabel
@@ -329,6 +331,44 @@ def test_confidence_maps_are_float32_on_the_volumes_grid(tmp_path):
     with pytest.raises(VolumeError, match="--force"):
         write_confidence(tmp_path / "new", some_maps(), volume)
     write_confidence(tmp_path / "new", some_maps(), volume, force=True)
+
+
+class Computed(Mapping):
+    """Maps that are computed as they are asked for; how many of them were still held then."""
+
+    def __init__(self):
+        self.held, self.found = [], []
+
+    def __getitem__(self, name):
+        self.found.append(sum(each() is not None for each in self.held))
+        array = np.full(SHAPE, 0.5, dtype=np.float32)
+        self.held.append(weakref.ref(array))
+        return array
+
+    def __iter__(self):
+        return iter(("a", "b", "c"))
+
+    def __len__(self):
+        return 3
+
+
+def test_confidence_maps_are_asked_for_one_at_a_time_and_let_go(tmp_path):
+    maps = Computed()
+    write_confidence(tmp_path, maps, an_oblique_volume())
+    assert maps.found == [0, 0, 0]
+
+
+def test_a_map_that_cannot_be_computed_is_no_full_disk(tmp_path):
+    class Failing(Computed):
+        def __getitem__(self, name):
+            if name == "b":
+                message = "out of memory"
+                raise RuntimeError(message)
+            return super().__getitem__(name)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_confidence(tmp_path / "new", Failing(), an_oblique_volume())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("made", [False, True])
