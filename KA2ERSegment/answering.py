@@ -296,7 +296,7 @@ class Answerer:
         return detail
 
     def voters_of(self, answer: Answer) -> tuple[str, ...]:
-        """Names of the experts that voted on an answer; nobody where a hand drew the mask."""
+        """Names of the experts that voted on an answer; nobody where a hand drew it without any prompt."""
         return self.model.voters if answer.prompts is not None else ()
 
     def ballots_of(self, answer: Answer) -> Callable[[], Ballots]:

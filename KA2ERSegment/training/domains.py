@@ -1,10 +1,11 @@
 """`python -m KA2ERSegment.training.domains BUNDLE OUTPUT`: which volumes each expert was trained on, into the plans.
 
-Domains (`domain.py`) are fitted to the packed training items, label maps without an image too: their spacing and extent
-are those of the images that they were drawn on. Then the biases of level 3 of the amalgamation are set so that all arms
-have the same share of the training patches' objects while nothing is known of the volume. What differs between volumes
-is then said by their fingerprints and by what the experts see, and not by which arm was ahead when training ended. All
-else stays as it was.
+Domains (`domain.py`) are fitted to the packed training items, label maps without an image too: their spacing is that of
+the images that they were drawn on, their extent that of the crops of these that were published. Then the biases of
+level 3 of the amalgamation are set so that all arms have the same share of the training patches' objects while nothing
+is known of the volume. What differs between volumes is then said by their fingerprints and by what the experts see, and
+not by which arm was ahead when training ended. All else stays as it was. A gate and a voting head were fitted to the
+embedding as it was, so they are trained after this.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ TRUSTS = (0.0, 0.25, TRUST, 0.75, 1.0)
 
 def fingerprint_of(item: TrainingItem) -> Fingerprint:
     """Of a packed item; where it has no image, the manifest says whether its label map was drawn on CT."""
-    k, j, i = item.labels.shape
+    k, j, i = item.packed_kji or item.labels.shape
     extent = tuple(n * mm for n, mm in zip((i, j, k), item.spacing, strict=True))
     hounsfield: bool | None = None
     if item.images:
@@ -151,30 +152,47 @@ class LeftOut:
 def each_left_out(items: Sequence[TrainingItem], plans: Plans, tasks: Sequence[ClassMap]) -> list[LeftOut]:
     """Every item by domains fitted without its source; where that is a task's only one, without half of its subjects.
 
+    What the plans knew before does not count: it may come from the very source.
+
     Args:
         items: everything that was trained on.
         plans: of the bundle.
         tasks: of the experts, in the order of the model's arms.
     """
     families = [family_of(item, tasks) for item in items]
-    found = []
+    unknowing, found = plans.without("domains"), []
     for source in sorted({item.source for item in items}):
         own = [n for n, item in enumerate(items) if item.source == source]
-        others = {family for item, family in zip(items, families, strict=True) if item.source != source}
-        alone = any(families[n] not in others for n in own)
-        subjects = sorted({items[n].subject for n in own})
-        groups = (subjects[::2], subjects[1::2]) if alone else (subjects,)
-        for group in groups:
-            out = {n for n in own if items[n].subject in group}
-            fitted = with_domains(plans, [item for n, item in enumerate(items) if n not in out], tasks)
-            for n in sorted(out):
+        others = {0, *(family for item, family in zip(items, families, strict=True) if item.source != source)}
+        alone = {families[n] for n in own} - others
+        second = _halves([(families[n], _whose(items[n])) for n in own if families[n] in alone])
+        for half in (False, True) if second else (False,):
+            asked = [n for n in own if (_whose(items[n]) in second) == half]
+            out = {n for n in own if families[n] not in alone} | set(asked)
+            fitted = with_domains(unknowing, [item for n, item in enumerate(items) if n not in out], tasks)
+            for n in asked:
                 prior = {}
                 for trust in TRUSTS:
                     told = log_prior(fitted, fingerprint_of(items[n]), trust)
                     assert told is not None, "the plans were given domains"
                     prior[trust] = told
-                found.append(LeftOut(source, items[n].subject, families[n], prior))
+                found.append(LeftOut(source, _whose(items[n]), families[n], prior))
     return found
+
+
+def _halves(members: Sequence[tuple[int, str]]) -> set[str]:
+    """The second half of the subjects: of each family every other one, as far as it was not in one before."""
+    first: set[str] = set()
+    second: set[str] = set()
+    for family in sorted({family for family, _ in members}):
+        new = sorted({subject for other, subject in members if other == family} - first - second)
+        first |= set(new[::2])
+        second |= set(new[1::2])
+    return second
+
+
+def _whose(item: TrainingItem) -> str:
+    return item.subject or item.name
 
 
 def own_first(found: Sequence[LeftOut], names: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -182,7 +200,9 @@ def own_first(found: Sequence[LeftOut], names: Sequence[str]) -> dict[str, tuple
     rows = {}
     for number, name in enumerate(names, start=1):
         own = {
-            item.subject: int(item.prior[TRUST][1:].argmax()) + 1 == number for item in found if item.family == number
+            (item.source, item.subject): int(item.prior[TRUST][1:].argmax()) + 1 == number
+            for item in found
+            if item.family == number
         }
         if own:
             rows[name] = sum(own.values()), len(own)
@@ -213,6 +233,12 @@ def _words(
     )
 
 
+def _heads_of(plans: Plans) -> str:
+    """For people: what was fitted to the embedding as it is; "" for nothing."""
+    gate = "" if plans.gate is None else "the gate and its specialists"
+    return " and ".join(filter(None, (gate, "" if plans.voting is None else "the experts of the voting head")))
+
+
 def main(
     bundle: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Bundle to begin from.")],
     output: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
@@ -222,12 +248,23 @@ def main(
     cases: Annotated[int, typer.Option(help="Training patches, encoded once.")] = 64,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    *,
+    keep_heads: Annotated[
+        bool, typer.Option(help="Go on with a gate and a voting head that were trained before; the card says so.")
+    ] = False,
 ) -> None:
     """Fit the experts' domains, and let no arm be ahead by chance."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     opened, settings = load_bundle(bundle), read_config(config)
     if opened.plans.amalgamation.kind != "hierarchical" or not opened.plans.experts:
         message = "domains are told to a hierarchical amalgamation of experts, and the bundle has none."
+        raise BundleError(message)
+    heads = _heads_of(opened.plans)
+    if heads and not keep_heads:
+        message = (
+            f"domains move the embedding that {heads} of bundle {opened.identity} were fitted to. Begin from a bundle "
+            "of before these stages and train them afterwards, or give --keep-heads."
+        )
         raise BundleError(message)
     tasks = tasks_in_order(opened.plans, settings["tasks"])
     pack_where_missing(cache, data, settings)
@@ -241,7 +278,10 @@ def main(
     before = mean_shares(model, [*encoded, *apart])
     level_shares(model, [*encoded, *apart])
     own = {name: value for name, value in tensors_by_name(model).items() if name.startswith("amalgamation.")}
-    card = with_section(content.card, SECTION, _words(first, losses, before, len(encoded) + len(apart), len(items)))
+    words = _words(first, losses, before, len(encoded) + len(apart), len(items))
+    if heads:
+        words += f" {heads[0].upper()}{heads[1:]} were fitted before that, and stay as they were."
+    card = with_section(content.card, SECTION, words)
     replace(content, plans=plans, tensors={**content.tensors, **own}, card=card).save(output, force=True)
     for name, (right, subjects) in first.items():
         typer.echo(f"{name}: own expert first for {right} of {subjects} subjects")

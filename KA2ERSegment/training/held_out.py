@@ -68,6 +68,8 @@ def compare(
 ) -> Comparison:
     """The answer with and without the vote; the clicks are those that the answer without it needs.
 
+    Both without the prior of domains, which sessions alone have (`sampling.encoded`).
+
     Args:
         model: with a voting head.
         items: that the head did not see.

@@ -50,6 +50,8 @@ class TrainingItem:
         modality: as in the manifest.
         region: body region, as in the manifest.
         subject: whose it is, as in the manifest; one subject may have several items.
+        packed_kji: shape of the label map when it was packed; a thin cache keeps of it what is labelled. Empty: that of
+            `labels`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TrainingItem:
     modality: str
     region: str
     subject: str = ""
+    packed_kji: tuple[int, ...] = ()
 
     @cached_property
     def statistics(self) -> tuple[Tensor, ...]:
@@ -85,7 +88,7 @@ class TrainingItem:
         names = {int(value): name for value, name in about["names"].items()}
         return cls(
             about["id"], about["source"], labels, images, tuple(about["spacing"]), names, boxes,
-            about["licence"], about["modality"], about["region"], about["subject"],
+            about["licence"], about["modality"], about["region"], about["subject"], tuple(about.get("shape", ())),
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 The two tables that SAM-Med3D-MoE (arXiv 2407.04938) is about, on simulated prompts, each method with clicks in its own
 error: which decoder is heard for which family of tasks, and the Dice on each family of the general decoder, of each
 finetuned specialist alone, and of all of them behind the gate. Families are the experts' tasks of the config, and
-"other" for items of none. The vote is left out.
+"other" for items of none. The vote is left out, and so is the prior of domains, which sessions alone have.
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ def main(
     assert gate is not None, "measured"
     about = (
         f"Bundle {opened.identity}, split {split}: {len(found['cases'])} patches of {len(items)} items, a first prompt "
-        f"and {clicks} clicks in the error; tau {gate.threshold:g}, temperature {gate.temperature:.2f}."
+        f"and {clicks} clicks in the error; tau {gate.threshold:g}, temperature {gate.temperature:.2f}. "
+        "Without the vote and without the prior of domains, which sessions alone have."
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / "routing.json").write_text(json.dumps({"about": about, **found}, indent=1) + "\n", encoding="utf-8")

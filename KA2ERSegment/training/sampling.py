@@ -352,6 +352,9 @@ def encoded(
 ) -> PatchFeatures:
     """Features of a batch of cases, each encoder given what it reads in use.
 
+    A session also tells the amalgamation whose kind of volume it is (`domain.log_prior`). A case does not: it may be
+    turned, made up or cut out of another one, so that what is learnt or measured here is without that prior.
+
     Args:
         model: that encodes.
         batch: cases as `draw_case` makes them, (B, ...) each.

@@ -2,19 +2,20 @@
 
 The logits of the mask decoder are the geodesic prior and what was learnt (`MaskDecoder.shrink`). A decoder that was
 trained for minutes may answer better with less of itself. Which share does is measured here, on items of split `train`
-of subjects that are held out: the same patches and first prompts for every share, then clicks in its own error, by the
-mean Dice over all of them. The gate and the voting head are left out: they are trained around a decoder as it is, so
-the share is chosen before them.
+of subjects that the config holds out; where it holds nobody out, of some that were seen in training, and it is said.
+Every share has the same patches and first prompts, then clicks in its own error, and is measured by the mean Dice over
+all of them. The gate and the voting head are left out: they are trained around a decoder as it is, so the share is
+chosen before them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from KA2ERSegment.bundle import Bundle, load_bundle
 from KA2ERSegment.errors import BundleError, VolumeError
 from KA2ERSegment.experts import Content
 from KA2ERSegment.model import PatchFeatures, PromptableModel
+from KA2ERSegment.plans import Plans
 from KA2ERSegment.prompt_encoder import PRIOR, PatchPrompts
 from KA2ERSegment.training import losses
 from KA2ERSegment.training.calibrate import uncalibrated
@@ -41,7 +43,7 @@ logger = logging.getLogger("KA2ERSegment")
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Those that are tried."""
-LEARNT = " (here, not in its training: it has learnt from them, which speaks for what it learnt)"
+LEARNT = "seen in training: the bundle has learnt from them, which speaks for what it learnt"
 SECTION = "## Share of the learnt part"
 """Of the model card."""
 
@@ -164,6 +166,32 @@ def share_of(bundle: Bundle, given: float | None) -> float:
     return float(noted if given is None else given)  # type: ignore[arg-type]
 
 
+def _check_alone(plans: Plans) -> None:
+    if plans.gate is not None or plans.voting is not None:
+        message = (
+            "the share is chosen before gate and voting head are trained, and this bundle has them. "
+            "Choose it on a bundle from before these stages, or leave out --output to measure alone."
+        )
+        raise BundleError(message)
+
+
+def measured_on(settings: Mapping[str, Any], given: int | None) -> tuple[int, bool]:
+    """One in how many subjects is measured on, and whether the bundle may have learnt from these.
+
+    Args:
+        settings: the config of the training; what it holds out no stage has learnt from.
+        given: by `--held-out`.
+
+    Raises:
+        BundleError: both say it, and not the same.
+    """
+    apart = int(settings.get("held_out", 0))
+    if apart and given not in (None, apart):
+        message = f"the config holds out one in {apart} subjects, got --held-out {given}. Leave it out."
+        raise BundleError(message)
+    return apart or given or 8, not apart
+
+
 def with_share(content: Content, now: float, measured: Measured, learnt: bool) -> Content:
     """The content with the best share in weights, plans and card; temperatures are to be fitted again.
 
@@ -177,17 +205,15 @@ def with_share(content: Content, now: float, measured: Measured, learnt: bool) -
         BundleError: it has a gate or a voting head, which were trained around the decoder as it is.
     """
     plans = content.plans
-    if plans.gate is not None or plans.voting is not None:
-        message = "the share is chosen before gate and voting head are trained, and this bundle has them."
-        raise BundleError(message)
+    _check_alone(plans)
     model = build_model(plans, dict(content.tensors))
     model.mask_decoder.shrink(measured.best / now)
     gain, error = measured.gain(measured.best, measured.shares[-1])
     text = (
         f"The learnt part of the logits is scaled by {measured.best:g} against the geodesic prior (before: {now:g}). "
-        f"Chosen by the mean Dice on {measured.dice.shape[1]} patches of {measured.subjects} training subjects held "
-        f"out{LEARNT if learnt else ''}; {gain:+.4f} (standard error {error:.4f}) against {measured.shares[-1]:g}."
-        f"\n\n{measured.table}"
+        f"Chosen by the mean Dice on {measured.dice.shape[1]} patches of {measured.subjects} subjects "
+        f"{LEARNT if learnt else 'held out of training'}; {gain:+.4f} (standard error {error:.4f}) against "
+        f"{measured.shares[-1]:g}.\n\n{measured.table}"
     )
     card = with_section(content.card, SECTION, text)
     tensors = {name: tensor.detach() for name, tensor in tensors_by_name(model).items()}
@@ -199,24 +225,29 @@ def main(
     config: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Of the training: tasks and sampling.")],
     output: Annotated[Path | None, typer.Option(help="Folder of a new bundle with the best share.")] = None,
     cache: Annotated[Path, typer.Option(help="Folder of packed items of split `train`.")] = Path("cache/train"),
-    held_out: Annotated[int, typer.Option(min=1, help="One in so many subjects, where the config holds none out.")] = 8,
+    held_out: Annotated[
+        int | None, typer.Option(min=1, help="One in so many subjects, where the config holds none out; 8 by default.")
+    ] = None,
     now: Annotated[float | None, typer.Option(help="Share that it holds, where its plans do not say.")] = None,
     patches: Annotated[int, typer.Option(min=2, help="How many.")] = 64,
     clicks: Annotated[int, typer.Option(min=0, help="After the first prompt.")] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Say which share of the learnt logits answers best on training subjects held out, and write a bundle with it."""
+    """Say which share of the learnt logits answers best on subjects of split `train`, and write a bundle with it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     opened, settings = load_bundle(bundle), read_config(config)
-    plans, share = opened.plans, share_of(opened, now)
+    plans, share, content = opened.plans, share_of(opened, now), Content.of(opened)
+    one_in, learnt = measured_on(settings, held_out)
+    if output is not None:
+        _check_alone(plans)
+        content.check_target(output)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     model = build_model(plans, opened.weights()).to("cuda" if on_gpu else "cpu").requires_grad_(False)
     tasks = [ClassMap(name, task["items"], task["classes"]) for name, task in settings["tasks"].items()]
     options = SamplingOptions(**{"patch_size": plans.patch_size, "margin": plans.margin, **settings["sampling"]})
-    apart = int(settings.get("held_out", 0))
-    if not apart:
-        typer.echo(f"The config holds nobody out: one in {held_out} subjects is measured on{LEARNT}.")
-    items = split_held_out(load_items(cache), apart or held_out)[1]
+    if learnt:
+        typer.echo(f"The config holds nobody out: measured on one in {one_in} subjects {LEARNT}.")
+    items = split_held_out(load_items(cache), one_in)[1]
     measured = measure(model, share, items, options, tasks, patches, clicks)
     typer.echo(measured.table)
     for each in measured.shares:
@@ -225,7 +256,7 @@ def main(
             typer.echo(f"{each:g} less {share:g}: {gain:+.4f}, standard error {error:.4f}")
     typer.echo(f"best: {measured.best:g}, of {np.prod(measured.dice.shape[1:])} answers each")
     if output is not None:
-        with_share(Content.of(opened), share, measured, learnt=not apart).save(output)
+        with_share(content, share, measured, learnt).save(output)
 
 
 if __name__ == "__main__":

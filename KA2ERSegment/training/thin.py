@@ -135,6 +135,7 @@ def _write(path: Path, levels: int, scratch: Path) -> int:
         number[value]: [[a - b for a, b in zip(end, corner, strict=True)] for end in (box.start, box.stop)]
         for value, box in item.boxes.items()
     }
+    about["shape"] = list(item.packed_kji or item.labels.shape)  # what `domains` tells volumes apart by
     about["steps"] = [_step(image, levels) for image in item.images]
     arrays = {f"image{n}": encoded(image, about["steps"][n]) for n, image in enumerate(item.images)}
     arrays["labels"] = table[labels].astype(np.uint8 if len(values) < 256 else np.uint16)

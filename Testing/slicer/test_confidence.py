@@ -114,6 +114,18 @@ def test_what_no_longer_takes_part_is_not_asked_for(a_segmented_logic, an_engine
     assert a_segmented_logic.lastError == ""
 
 
+def test_an_expert_that_is_gone_when_its_answer_comes_is_shown_without_a_fuss(
+    a_segmented_logic, a_scene, wait, monkeypatch
+):
+    """The list of experts changed between question and answer."""
+    a_segmented_logic.setExpertShown("tiny_brain", True)
+    monkeypatch.setattr(a_segmented_logic._confidence, "rows", lambda *_: [])
+    wait(a_segmented_logic)
+
+    assert a_segmented_logic.lastError == ""
+    assert len(overlays(a_scene)) == 1
+
+
 def test_overlays_that_are_off_cost_nothing(a_segmented_logic, a_scene, an_engine):
     assert an_engine.asked["opinion"] == an_engine.asked["disagreement"] == 0
     assert overlays(a_scene) == {}

@@ -56,6 +56,11 @@ def test_what_is_no_config_is_refused(text: str, words: str, tmp_path: Path) -> 
         read_config(path)
 
 
+def test_training_on_a_gpu_holds_subjects_out() -> None:
+    """Shares, gates, votes and temperatures are then chosen on subjects that no stage learns from."""
+    assert read_config(CONFIGS / "gpu.json")["held_out"] == read_config(CONFIGS / "ssl48.json")["held_out"] == 8
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_every_shipped_config_says_all_that_training_needs(path: Path) -> None:
     settings = read_config(path)

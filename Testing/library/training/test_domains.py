@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from KA2ERSegment.bundle import load_bundle
-from KA2ERSegment.domain import Fingerprint, log_prior
+from KA2ERSegment.domain import TRUST, Fingerprint, log_prior
+from KA2ERSegment.plans import GatePlans, Plans
 from KA2ERSegment.testing import tiny_bundle, tiny_plans
+from KA2ERSegment.training import domains
 from KA2ERSegment.training.domains import (
     SECTION,
+    LeftOut,
     cross_entropies,
     each_left_out,
     fingerprint_of,
@@ -26,6 +31,7 @@ from KA2ERSegment.training.domains import (
 )
 from KA2ERSegment.training.items import TrainingItem
 from KA2ERSegment.training.sampling import ClassMap
+from KA2ERSegment.training.thin import thin
 
 TASKS = [ClassMap("tiny_trunk", "^ct", {"thing": "."}), ClassMap("tiny_brain", "^mr", {"thing": "."})]
 SPACINGS = {"ct": (0.8, 0.8, 3.0), "mr": (1.0, 1.0, 1.0), "us": (0.3, 0.3, 0.3)}
@@ -100,7 +106,7 @@ def test_of_sources_left_out_the_own_expert_comes_first(items: list[TrainingItem
     assert losses[0.5] < losses[0.25] < losses[0.0]
 
 
-def test_a_source_that_says_the_opposite_is_not_asked_of_itself(items: list[TrainingItem]) -> None:
+def test_the_only_source_of_a_task_is_left_out_by_halves(items: list[TrainingItem]) -> None:
     """Of a task with one source only, half of its subjects are left out; more sources are left out whole."""
     alone = [item for item in items if item.source != "ct/1"]
     found = [one for one in each_left_out(alone, tiny_plans(), TASKS) if one.family == 1]
@@ -108,24 +114,87 @@ def test_a_source_that_says_the_opposite_is_not_asked_of_itself(items: list[Trai
     assert all(one.prior[1.0].argmax() == 1 for one in found), "the other half was enough to know them"
 
 
-def test_the_command_tells_the_plans_and_levels_the_shares(a_cache: Path, tmp_path: Path) -> None:
-    start = tiny_bundle(tmp_path / "start")
+def test_a_task_with_other_sources_is_left_out_with_the_whole_source(items: list[TrainingItem]) -> None:
+    """Only of the task that has no other source some subjects stay: half of ct, none of mr."""
+    mixed = [replace(item, source="one") for item in items if item.source in ("ct/0", "mr/0")]
+    mixed += [item for item in items if item.source in ("mr/1", "us/0")]
+    stayed: list[list[str]] = []
+
+    def watched(plans: Plans, chosen: Sequence[TrainingItem], tasks: Sequence[ClassMap]) -> Plans:
+        stayed.append([item.name for item in chosen if item.source == "one"])
+        return with_domains(plans, chosen, tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(domains, "with_domains", watched)
+        found = each_left_out(mixed, tiny_plans(), TASKS)
+    everything = [item.name for item in mixed if item.source == "one"]
+    assert sorted(stayed, key=len) == [["ct2", "ct6"], ["ct0", "ct4"], everything, everything]
+    assert sorted(one.subject for one in found) == sorted(item.subject for item in mixed)
+
+
+def test_what_the_plans_knew_before_is_not_asked(items: list[TrainingItem]) -> None:
+    """It may come from the very source that is left out."""
+    plans = with_domains(tiny_plans(), items, TASKS)
+    one_each = [item for item in items if item.name in ("ct0", "mr0", "mr1")]
+    told, untold = (each_left_out(one_each, each, TASKS) for each in (plans, tiny_plans()))
+    for one, other in zip(told, untold, strict=True):
+        np.testing.assert_array_equal(one.prior[1.0], other.prior[1.0])
+
+
+def test_subjects_of_two_sources_may_have_one_name() -> None:
+    prior = {TRUST: np.log([0.2, 0.5, 0.3])}
+    found = [LeftOut("a", "s1", 1, prior), LeftOut("b", "s1", 1, {TRUST: np.log([0.2, 0.3, 0.5])})]
+    assert own_first(found, ["one", "two"]) == {"one": (1, 2)}
+
+
+def test_a_thin_cache_has_the_fingerprints_of_its_cache(a_cache: Path, tmp_path: Path) -> None:
+    thin(a_cache, tmp_path / "thin", 10)
+    thin(tmp_path / "thin", tmp_path / "thinner", 10)
+    for name in ("ct0", "mr1"):
+        items = [
+            TrainingItem.load(folder / f"{name}.npz") for folder in (a_cache, tmp_path / "thin", tmp_path / "thinner")
+        ]
+        assert items[1].labels.size < items[0].labels.size or name == "mr1"
+        assert fingerprint_of(items[0]) == fingerprint_of(items[1]) == fingerprint_of(items[2])
+
+
+def test_heads_that_were_fitted_before_are_kept_only_when_asked(a_cache: Path, tmp_path: Path) -> None:
+    start = tiny_bundle(tmp_path / "start", replace(tiny_plans(), gate=GatePlans(("tiny_trunk",))))
+    refused = told(start.folder, tmp_path / "told", a_cache)
+    assert refused.exit_code != 0
+    assert "the gate and its specialists" in str(refused.exception)
+    assert not (tmp_path / "told").exists()
+
+    kept = told(start.folder, tmp_path / "told", a_cache, "--keep-heads")
+    assert kept.exit_code == 0, kept.output
+    card = (tmp_path / "told" / "model_card.md").read_text().split(SECTION)[1]
+    assert "The gate and its specialists were fitted before that" in " ".join(card.split())
+    before, after = start.weights(), load_bundle(tmp_path / "told").weights()
+    assert all(before[name].equal(after[name]) for name in before if not name.startswith("amalgamation."))
+
+
+def told(start: Path, output: Path, cache: Path, *more: str) -> Result:
     tasks = {task.name: {"items": task.items, "classes": task.names} for task in TASKS}
-    config = tmp_path / "tiny.json"
+    config = output.parent / "tiny.json"
     config.write_text(json.dumps({"manifests": [], "share_alike": False, "tasks": tasks, "sampling": {}}))
     app = typer.Typer()
     app.command()(main)
-    words = [str(start.folder), str(tmp_path / "told"), "--config", str(config), "--cache", str(a_cache)]
-    result = CliRunner().invoke(app, [*words, "--cases", "12"])
+    words = [str(start), str(output), "--config", str(config), "--cache", str(cache), "--cases", "12"]
+    return CliRunner().invoke(app, [*words, *more])
+
+
+def test_the_command_tells_the_plans_and_levels_the_shares(a_cache: Path, tmp_path: Path) -> None:
+    start = tiny_bundle(tmp_path / "start")
+    result = told(start.folder, tmp_path / "told", a_cache)
     assert result.exit_code == 0, result.output
     assert "after: [0.3333, 0.3333, 0.3333]" in result.output
 
-    told = load_bundle(tmp_path / "told")
-    assert told.plans.without("domains") == start.plans
-    prior = log_prior(told.plans, Fingerprint((1.0, 1.0, 1.0), (40.0, 36.0, 30.0), False))
+    new = load_bundle(tmp_path / "told")
+    assert new.plans.without("domains") == start.plans
+    prior = log_prior(new.plans, Fingerprint((1.0, 1.0, 1.0), (40.0, 36.0, 30.0), False))
     assert prior is not None
     assert prior.argmax() == 2
-    before, after = start.weights(), told.weights()
+    before, after = start.weights(), new.weights()
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {"amalgamation.8.bias", "amalgamation.16.bias"}
     card = (tmp_path / "told" / "model_card.md").read_text()

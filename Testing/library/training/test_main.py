@@ -190,6 +190,18 @@ def test_a_run_can_begin_from_a_bundle(
     assert f"begun from bundle {before.identity}" in (output / "bundle" / "model_card.md").read_text()
 
 
+def test_somebody_must_say_which_share_a_bundle_to_begin_from_holds(
+    a_workplace: Path, a_finished_run: Path, tmp_path: Path
+) -> None:
+    content = Content.of(load_bundle(a_finished_run / "bundle"))
+    silent = replace(content, plans=replace(content.plans, shrink=None)).save(tmp_path / "start")
+    result = run(a_workplace, tmp_path / "further", "--start", str(silent.folder), config=settings())
+
+    assert result.exit_code != 0
+    assert 'Write "shrink" into either' in str(result.exception)
+    assert not (tmp_path / "further" / "bundle").exists()
+
+
 def test_a_bundle_of_other_plans_is_refused_as_a_beginning(
     a_workplace: Path, a_finished_run: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,17 @@ from KA2ERSegment.testing import tiny_bundle, tiny_plans
 from KA2ERSegment.training import shrinking
 from KA2ERSegment.training.items import TrainingItem, load_items, split_held_out
 from KA2ERSegment.training.sampling import SamplingOptions
-from KA2ERSegment.training.shrinking import SHARES, Measured, answered, main, measure, share_of, with_share
+from KA2ERSegment.training.shrinking import (
+    SECTION,
+    SHARES,
+    Measured,
+    answered,
+    main,
+    measure,
+    measured_on,
+    share_of,
+    with_share,
+)
 
 SIZE = tiny_plans().patch_size
 SAMPLING = SamplingOptions(patch_size=SIZE, margin=1 / 3, real_images=1.0, lesions=0.0, parts=0.0, unions=0.0)
@@ -105,10 +115,33 @@ def test_the_best_share_goes_into_weights_plans_and_card(
     card = (new.folder / "model_card.md").read_text()
     assert "scaled by 0.5 against the geodesic prior (before: 0.8)" in card
     assert "| 1 |" in card
-    assert "it has learnt from them" in card, "as the config holds nobody out"
+    assert "subjects seen in training: the bundle has learnt from them" in " ".join(card.split())
+    assert "held out" not in card.split(SECTION)[1], "as the config holds nobody out"
     assert "The config holds nobody out" in result.output
     assert "best: 0.5" in result.output
     assert run(a_bundle, a_cache, a_config, "--output", str(tmp_path / "new")).exit_code != 0, "it is there already"
+
+
+def test_what_cannot_be_written_is_not_measured(
+    a_bundle: Bundle, a_cache: Path, a_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr(shrinking, "measure", lambda *given: measured.append(given))
+    (tmp_path / "there").mkdir()
+    result = run(a_bundle, a_cache, a_config, "--output", str(tmp_path / "there"))
+    assert "must not exist yet" in str(result.exception)
+    gated = replace(tiny_plans(), shrink=0.8, gate=GatePlans(("tiny_trunk",)))
+    result = run(tiny_bundle(tmp_path / "gated", gated), a_cache, a_config, "--output", str(tmp_path / "new"))
+    assert "before gate and voting head" in str(result.exception)
+    assert not measured
+
+
+def test_who_is_held_out_is_said_once() -> None:
+    assert measured_on({}, None) == (8, True)
+    assert measured_on({}, 4) == (4, True)
+    assert measured_on({"held_out": 5}, None) == measured_on({"held_out": 5}, 5) == (5, False)
+    with pytest.raises(BundleError, match="holds out one in 5 subjects, got --held-out 4"):
+        measured_on({"held_out": 5}, 4)
 
 
 def test_without_output_nothing_is_written(a_bundle: Bundle, a_cache: Path, a_config: Path, tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ class Confidence:
             ijkToRas = answer.ijk_to_ras
             values = answer.probability if look.kind == "probability" else answer.weight
             title = f"{_title(name, None)} {look.kind}"
-            color = next(row.color for row in self.rows({}, None) if row.name == name)
+            colors = {row.name: row.color for row in self.rows({}, None)}
+            color = colors.get(name, colorOf(0, 1))  # the experts may have changed since it was asked
         self._overlays.put(name, title, color, look.opacity, shown.GetName(), ijkToRas, values, engine.volumeNode)
         engine.time("overlays", time.perf_counter() - self._began)
 
