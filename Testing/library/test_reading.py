@@ -229,10 +229,12 @@ def test_a_session_gives_the_expert_the_volumes_own_unit_and_steps(
     seen: list[RawPatch] = []
     encode = session.model.encode
 
-    def watched(image: Tensor, present: Tensor | None = None, raw: RawPatch | None = None) -> PatchFeatures:
+    def watched(
+        image: Tensor, present: Tensor | None = None, raw: RawPatch | None = None, prior: Tensor | None = None
+    ) -> PatchFeatures:
         assert raw is not None
         seen.append(raw)
-        return encode(image, present, raw)
+        return encode(image, present, raw, prior)
 
     monkeypatch.setattr(session.model, "encode", watched)
     k, j, i = (n // 2 for n in any_volume.shape_kji)
