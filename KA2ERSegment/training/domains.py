@@ -33,7 +33,7 @@ from KA2ERSegment.plans import DomainPlans, Plans
 from KA2ERSegment.training.calibrate import uncalibrated
 from KA2ERSegment.training.card import with_section
 from KA2ERSegment.training.config import read_config
-from KA2ERSegment.training.encoded import EncodedCase, amalgamation_alone, encode_divided, tasks_in_order, together
+from KA2ERSegment.training.encoded import EncodedBatch, amalgamation_alone, encode_divided, tasks_in_order, together
 from KA2ERSegment.training.items import TrainingItem, pack_where_missing
 from KA2ERSegment.training.losses import shares_inside
 from KA2ERSegment.training.sampling import ClassMap, family_of
@@ -115,11 +115,9 @@ def with_domains(plans: Plans, items: Sequence[TrainingItem], tasks: Sequence[Cl
 
 
 @torch.no_grad()
-def level_shares(model: PromptableModel, cases: Sequence[EncodedCase], rounds: int = 8) -> None:
+def level_shares(model: PromptableModel, batches: Sequence[EncodedBatch], rounds: int = 8) -> None:
     """Set the biases of level 3 in place, so that all arms have the same share inside the objects of these cases."""
-    device = next(model.parameters()).device
-    batches = [together(model, [case], device) for case in cases]
-    present = torch.ones(1, len(model.arms), dtype=torch.bool, device=device)
+    present = torch.ones(1, len(model.arms), dtype=torch.bool, device=next(model.parameters()).device)
     for stride in STRIDES:
         level = cast("Amalgamation", model.amalgamation[str(stride)])
         for _ in range(rounds):
@@ -171,9 +169,9 @@ def each_left_out(items: Sequence[TrainingItem], plans: Plans, tasks: Sequence[C
             out = {n for n in own if families[n] not in alone} | set(asked)
             fitted = with_domains(unknowing, [item for n, item in enumerate(items) if n not in out], tasks)
             for n in asked:
-                prior = {}
+                prior, fingerprint = {}, fingerprint_of(items[n])
                 for trust in TRUSTS:
-                    told = log_prior(fitted, fingerprint_of(items[n]), trust)
+                    told = log_prior(fitted, fingerprint, trust)
                     assert told is not None, "the plans were given domains"
                     prior[trust] = told
                 found.append(LeftOut(source, _whose(items[n]), families[n], prior))
@@ -275,10 +273,11 @@ def main(
     first, losses = own_first(left_out, [task.name for task in tasks]), cross_entropies(left_out)
     encoded, apart = encode_divided(opened, cache, tasks, settings, cases, len(tasks), 1.0, seed, device)
     model = build_model(amalgamation_alone(content.plans), opened.weights()).to(device)
-    before = mean_shares(model, [*encoded, *apart])
-    level_shares(model, [*encoded, *apart])
+    batches = [together(model, [case], next(model.parameters()).device) for case in (*encoded, *apart)]
+    before = mean_shares(model, batches)
+    level_shares(model, batches)
     own = {name: value for name, value in tensors_by_name(model).items() if name.startswith("amalgamation.")}
-    words = _words(first, losses, before, len(encoded) + len(apart), len(items))
+    words = _words(first, losses, before, len(batches), len(items))
     if heads:
         words += f" {heads[0].upper()}{heads[1:]} were fitted before that, and stay as they were."
     card = with_section(content.card, SECTION, words)
@@ -287,18 +286,14 @@ def main(
         typer.echo(f"{name}: own expert first for {right} of {subjects} subjects")
     for trust, loss in losses.items():
         typer.echo(f"likelihoods to the power of {trust:g}: cross-entropy {loss:.3f}")
-    typer.echo(f"mean shares before: {before}, after: {mean_shares(model, [*encoded, *apart])}")
+    typer.echo(f"mean shares before: {before}, after: {mean_shares(model, batches)}")
 
 
 @torch.no_grad()
-def mean_shares(model: PromptableModel, cases: Sequence[EncodedCase]) -> list[float]:
+def mean_shares(model: PromptableModel, batches: Sequence[EncodedBatch]) -> list[float]:
     """Mean share of each arm inside the objects, nothing known of the volumes."""
-    device = next(model.parameters()).device
-    present = torch.ones(1, len(model.arms), dtype=torch.bool, device=device)
-    found = []
-    for case in cases:
-        one = together(model, [case], device)
-        found.append(shares_inside(one.amalgamated(model, present).weights, one.target)[0])
+    present = torch.ones(1, len(model.arms), dtype=torch.bool, device=next(model.parameters()).device)
+    found = [shares_inside(one.amalgamated(model, present).weights, one.target)[0] for one in batches]
     return [round(value, 4) for value in torch.stack(found).mean(0).tolist()]
 
 
