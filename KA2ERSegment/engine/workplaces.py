@@ -80,21 +80,27 @@ class Worker:
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._current: Job | None = None
+        self._closed = False
+        self._closing = threading.Lock()
         self.free_memory: Callable[[], None] = lambda: None
         """Called where a job ran out of memory."""
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> Job:
-        """Put a job at the end of the queue."""
-        self._jobs.put(job)
+        """Put a job at the end of the queue; once closed, jobs are cancelled at once, so that nobody waits for ever."""
+        with self._closing:
+            if not self._closed:
+                self._jobs.put(job)
+                return job
+        job.result.set_exception(_ending())
         return job
 
     def close(self) -> None:
-        """No more jobs; what runs is cancelled."""
-        if self._current is not None:
-            self._current.cancel()
-        self._jobs.put(None)
+        """No more jobs; what runs and what waits is cancelled."""
+        with self._closing:
+            self._closed = True
+            self._jobs.put(None)
 
     def watch(self, model: PromptableModel) -> None:
         """Note when the network works, and for how long."""
@@ -144,6 +150,8 @@ class Worker:
 
     def checkpoint(self) -> None:
         """For sessions: ends the current job where somebody asked for that."""
+        if self._closed:
+            raise _ending()
         job = self._current
         if job is not None and (job.cancelled or (job.gives_way and not self._jobs.empty())):
             message = "the work was cancelled; everything is as it was before."
@@ -165,6 +173,10 @@ class Worker:
             return told
         log.error("%s", where(error))
         return error.with_traceback(None)
+
+
+def _ending() -> CancelledError:
+    return CancelledError("the work was cancelled because the engine ends.")
 
 
 def _nothing() -> None:

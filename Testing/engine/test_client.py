@@ -7,14 +7,13 @@ import os
 import socket
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.ndimage import map_coordinates
 
 from KA2ERSegment.bundle import load_bundle
@@ -69,16 +68,7 @@ class Pair:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the engine has: sums of several threads round differently, and a gate may then choose another decoder."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def a_pair(a_client: EngineClient, a_bundle: Path, one_thread: None) -> Callable[[Volume], Pair]:
+def a_pair(a_client: EngineClient, a_bundle: Path) -> Callable[[Volume], Pair]:
     def make(volume: Volume) -> Pair:
         local = Session(load_bundle(a_bundle), "cpu")
         local.set_volume(volume)

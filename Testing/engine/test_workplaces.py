@@ -222,6 +222,25 @@ def test_work_that_nobody_waits_for_any_more_does_not_stop_the_worker() -> None:
     worker.close()
 
 
+def test_closed_worker_leaves_nobody_waiting() -> None:
+    worker, inside, began = Worker(), threading.Event(), []
+
+    def work() -> None:
+        inside.set()
+        while True:
+            worker.checkpoint()
+
+    runs, waits = worker.submit(Job(work)), worker.submit(Job(lambda: began.append("waits")))
+    assert inside.wait(10)
+    worker.close()
+    late = worker.submit(Job(lambda: began.append("late")))
+
+    for job in (runs, waits, late):
+        with pytest.raises(CancelledError, match="the engine ends"):
+            job.result.result(10)
+    assert began == []
+
+
 def test_warming_up_gives_way_to_a_request() -> None:
     worker, inside = Worker(), threading.Event()
 

@@ -253,7 +253,7 @@ def wait() -> Callable[..., None]:
     return wait_until
 
 
-def wait_until(logic: Any, condition: Callable[[], bool] | None = None, seconds: float = 20.0) -> None:
+def wait_until(logic: Any, condition: Callable[[], bool] | None = None, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while True:
         logic.poll()
