@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn as nn
@@ -12,6 +13,9 @@ from torch import Tensor
 from KA2ERSegment.attention import Attention, sine_position
 from KA2ERSegment.convolution import quick_layout
 from KA2ERSegment.prompt_encoder import MAPS, PRIOR
+
+Skips: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""At strides 4, 2 and 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,46 @@ class TwoWayBlock(nn.Module):
         return tokens, image
 
 
+class Fusion(nn.ModuleList):
+    """Two convolutions over what was decoded so far, the image's features and the prompt maps, on one grid.
+
+    The first is a sum over all three; `read` is its part for the features, which stays the same from click to click.
+
+    Args:
+        own: channels of what was decoded so far, and of the answer.
+        skip: channels of the image's features.
+    """
+
+    def __init__(self, own: int, skip: int) -> None:
+        layers = (
+            nn.Conv3d(own + skip + MAPS, own, 3, padding=1),
+            nn.GroupNorm(4, own),
+            nn.LeakyReLU(0.01, inplace=True),
+            nn.Conv3d(own, own, 3, padding=1),
+            nn.GroupNorm(4, own),
+            nn.LeakyReLU(0.01, inplace=True),
+        )
+        super().__init__(layers)
+        self.own, self.skip = own, skip
+
+    def read(self, skip: Tensor) -> Tensor:
+        """(B, skip, ...) features to their part of the first convolution's answer, (B, own, ...)."""
+        weight = self._weight[:, self.own : self.own + self.skip]
+        return F.conv3d(quick_layout(skip), weight, cast("Tensor", self[0].bias), 1, 1)
+
+    def forward(self, x: Tensor, read: Tensor, maps: Tensor) -> Tensor:
+        """(B, own, ...) of `x` (B, own, ...), what `read` gave, and the prompt maps (B, MAPS, ...)."""
+        weight = torch.cat([self._weight[:, : self.own], self._weight[:, self.own + self.skip :]], dim=1)
+        x = F.conv3d(torch.cat([x, maps], dim=1), weight, None, 1, 1) + read
+        for layer in list(self.children())[1:]:
+            x = layer(x)
+        return x
+
+    @property
+    def _weight(self) -> Tensor:
+        return cast("Tensor", self[0].weight)
+
+
 class MaskDecoder(nn.Module):
     """Two-way transformer at stride 8, then up to stride 1 with skips from the foundation and the prompt maps.
 
@@ -77,7 +121,7 @@ class MaskDecoder(nn.Module):
         self.blocks = nn.ModuleList(TwoWayBlock(width, heads) for _ in range(2))
         before = (width, *channels[:2])
         self.narrow = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in zip(before, channels, strict=True))
-        self.fuse = nn.ModuleList(_fusion(own + skip + MAPS, own) for own, skip in zip(channels, skips, strict=True))
+        self.fuse = nn.ModuleList(Fusion(own, skip) for own, skip in zip(channels, skips, strict=True))
         self.token_to_filter = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, channels[2]))
         self.bias = nn.Linear(width, 1)
         self.quality = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
@@ -94,8 +138,23 @@ class MaskDecoder(nn.Module):
         for parameter in (*last.parameters(), *self.bias.parameters()):
             parameter.mul_(share)
 
+    def read_skips(self, skips: Skips) -> Skips:
+        """What `forward` makes of the skips whatever the prompts are: whoever gives many can keep it."""
+        quarter, half, full = (fuse.read(skip) for fuse, skip in zip(self._fusions, skips, strict=True))
+        return quarter, half, full
+
+    @property
+    def _fusions(self) -> list[Fusion]:
+        return [cast("Fusion", fuse) for fuse in self.fuse]
+
     def forward(
-        self, embedding: Tensor, skips: tuple[Tensor, Tensor, Tensor], tokens: Tensor, ignore: Tensor, maps: Tensor
+        self,
+        embedding: Tensor,
+        skips: Skips,
+        tokens: Tensor,
+        ignore: Tensor,
+        maps: Tensor,
+        read: Skips | None = None,
     ) -> Decoded:
         """Decode one object per case.
 
@@ -105,6 +164,7 @@ class MaskDecoder(nn.Module):
             tokens: (B, N, width) from the prompt encoder.
             ignore: (B, N) bool, padding among them.
             maps: (B, MAPS, S, S, S).
+            read: of `read_skips`, where that was kept.
         """
         pyramid = {1: maps}
         for stride in (2, 4, 8):
@@ -119,9 +179,10 @@ class MaskDecoder(nn.Module):
         for block in self.blocks:
             tokens, image = block(tokens, image, position, ignore)
         x = image.transpose(1, 2).unflatten(2, grid)
-        for stride, narrow, fuse, skip in zip((4, 2, 1), self.narrow, self.fuse, skips, strict=True):
+        read = self.read_skips(skips) if read is None else read
+        for stride, narrow, fuse, skip in zip((4, 2, 1), self.narrow, self._fusions, read, strict=True):
             x = F.interpolate(narrow(x), scale_factor=2, mode="trilinear", align_corners=False)
-            x = fuse(torch.cat([x, quick_layout(skip), pyramid[stride].to(x.dtype)], dim=1))
+            x = fuse(x, skip, pyramid[stride].to(x.dtype))
         mask_token = tokens[:, 0]
         logits = torch.einsum("bc,bckji->bkji", self.token_to_filter(mask_token), x) / x.shape[1] ** 0.5
         logits = logits + self.bias(mask_token)[:, :, None, None] + self.prior_gain * maps[:, PRIOR]
@@ -132,14 +193,3 @@ def _pool(maps: Tensor) -> Tensor:
     """Half the resolution: seeds and boxes keep their largest value, the other maps their mean."""
     largest = F.max_pool3d(maps[:, :3], 2)
     return torch.cat([largest, F.avg_pool3d(maps[:, 3:], 2)], dim=1)
-
-
-def _fusion(channels_in: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv3d(channels_in, channels, 3, padding=1),
-        nn.GroupNorm(4, channels),
-        nn.LeakyReLU(0.01, inplace=True),
-        nn.Conv3d(channels, channels, 3, padding=1),
-        nn.GroupNorm(4, channels),
-        nn.LeakyReLU(0.01, inplace=True),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 import torch
@@ -16,12 +16,12 @@ from KA2ERSegment.convolution import QuickConvolution, quick_layout
 from KA2ERSegment.encoders.expert import Expert
 from KA2ERSegment.encoders.foundation import Foundation
 from KA2ERSegment.gate import GENERAL, Gate, fuse, gate_query
-from KA2ERSegment.mask_decoder import Decoded, MaskDecoder
+from KA2ERSegment.mask_decoder import Decoded, MaskDecoder, Skips
 from KA2ERSegment.preprocessing import RawPatch
 from KA2ERSegment.prompt_encoder import PatchPrompts, PromptEncoder, dense_maps, edge_costs
 from KA2ERSegment.voting import Votes, VotingHead
 
-DecoderInputs: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor]
+DecoderInputs: TypeAlias = tuple[Tensor, Skips, Tensor, Tensor, Tensor]
 """What `MaskDecoder.forward` takes: embedding, skips, tokens, which of them are padding, prompt maps."""
 
 
@@ -39,6 +39,8 @@ class PatchFeatures:
         weights: (B, K+1, S/8, ...), share of "no expert" and of each expert at stride 8.
         present: (B, K+1) bool, arms used.
         prior: (B, K+1), log probability that the volume is one of each arm's (`domain.log_prior`), or None.
+        read: what the mask decoders that were heard make of the skips (`MaskDecoder.read_skips`), by their names; kept
+            in inference mode alone, where no weight changes.
     """
 
     image: Tensor
@@ -50,12 +52,14 @@ class PatchFeatures:
     weights: Tensor
     present: Tensor
     prior: Tensor | None = None
+    read: dict[str, Skips] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         tensors = [self.image, self.edges, self.stem, self.embedding, self.weights, *self.foundation.values()]
         tensors += [features for expert in self.experts for features in expert.values()]
+        tensors += [part for read in self.read.values() for part in read]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -200,7 +204,7 @@ class PromptableModel(nn.Module):
     def decode_base(self, features: PatchFeatures, prompts: PatchPrompts) -> tuple[Decoded, Tensor]:
         """The answer before the vote, and the prompts as dense maps (B, MAPS, S, S, S)."""
         inputs = self.decoder_inputs(features, prompts)
-        decoded = self.run_decoder(self.mask_decoder, inputs)
+        decoded = self._answer_of(GENERAL, features, inputs)
         if self.gate is not None and self.decoders:
             decoded = self._gated(self.gate, decoded, features, prompts, inputs)
         return decoded, inputs[-1]
@@ -220,11 +224,25 @@ class PromptableModel(nn.Module):
         skips = (features.foundation[4], features.foundation[2], features.stem)
         return features.embedding, skips, tokens, ignore, maps
 
-    def run_decoder(self, decoder: nn.Module, inputs: DecoderInputs) -> Decoded:
-        """One decoder's answer."""
+    def run_decoder(self, decoder: nn.Module, inputs: DecoderInputs, read: Skips | None = None) -> Decoded:
+        """One decoder's answer.
+
+        Args:
+            decoder: any `MaskDecoder`.
+            inputs: of `decoder_inputs`.
+            read: what that decoder makes of the skips, where it is known.
+        """
         with QuickConvolution():
-            decoded: Decoded = decoder(*inputs)
+            decoded: Decoded = decoder(*inputs, read)
         return decoded
+
+    def _answer_of(self, name: str, features: PatchFeatures, inputs: DecoderInputs) -> Decoded:
+        """The answer of a decoder by its name; what it makes of the skips is kept with the features."""
+        decoder = cast("MaskDecoder", self.mask_decoder if name == GENERAL else self.specialists[name])
+        if torch.is_inference_mode_enabled() and name not in features.read:
+            with QuickConvolution():
+                features.read[name] = decoder.read_skips(inputs[1])
+        return self.run_decoder(decoder, inputs, features.read.get(name))
 
     def _gated(
         self, gate: Gate, general: Decoded, features: PatchFeatures, prompts: PatchPrompts, inputs: DecoderInputs
@@ -237,11 +255,14 @@ class PromptableModel(nn.Module):
         allowed = features.present[:, [self.arms.index(name) for name in self.specialists]]
         weights, heard = gate.route(gate_query(embedding, tokens, ignore, maps, prompts), allowed)
         logits, quality = general.logits, general.quality
-        for number, specialist in enumerate(self.specialists.values(), start=1):
+        for number, (name, specialist) in enumerate(self.specialists.items(), start=1):
             cases = (heard == number).nonzero()[:, 0]
             if not len(cases):
                 continue
-            own = self.run_decoder(specialist, _of_cases(inputs, cases))
+            if len(cases) == len(heard):  # a session has one case
+                own = self._answer_of(name, features, inputs)
+            else:
+                own = self.run_decoder(specialist, _of_cases(inputs, cases))
             weight = weights[cases, number]
             logits = logits.index_copy(0, cases, fuse(general.logits[cases], own.logits, weight))
             fused = weight * own.quality + (1 - weight) * general.quality[cases]
@@ -271,8 +292,7 @@ class PromptableModel(nn.Module):
             prompts: of the same B cases.
             name: "general", or that of a specialist.
         """
-        decoder = self.mask_decoder if name == GENERAL else self.specialists[name]
-        return self.run_decoder(decoder, self.decoder_inputs(features, prompts)).logits
+        return self._answer_of(name, features, self.decoder_inputs(features, prompts)).logits
 
     def only(self, features: PatchFeatures, arm: int) -> PatchFeatures:
         """The same patch as one arm alone sees it: 0 the foundation without experts, k the k-th expert."""

@@ -32,6 +32,22 @@ def test_convolutions_come_out_the_same(arguments: dict[str, Any], channels: tup
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("channels", "shape"), [((24, 8), (5, 6, 8)), ((3, 4), (2, 1, 2)), ((8, 1), (4, 4, 6))])
+def test_convolutions_to_few_channels_come_out_the_same_to_the_last_bit(
+    channels: tuple[int, int], shape: tuple[int, int, int], bias: bool
+) -> None:
+    """Two voxels of them are computed at once where the CPU has room for both."""
+    torch.manual_seed(0)
+    layer, image = nn.Conv3d(*channels, 3, padding=1, bias=bias), torch.randn(2, channels[0], *shape)
+    odd = torch.cat([image, image.new_zeros(2, channels[0], *shape[:2], 1)], dim=-1)  # no pairs there
+    with torch.inference_mode(), QuickConvolution():
+        found = layer(image.contiguous(memory_format=torch.channels_last_3d))
+        expected = layer(odd.contiguous(memory_format=torch.channels_last_3d))[..., :-1]
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_small_convolutions_go_to_onednn() -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from KA2ERSegment.mask_decoder import MaskDecoder
+from KA2ERSegment.mask_decoder import Fusion, MaskDecoder
 from KA2ERSegment.prompt_encoder import MAPS, PRIOR
 
 WIDTH, SIZE, SKIPS, CHANNELS = 36, 16, (10, 6, 4), (8, 8, 4)
@@ -84,3 +84,27 @@ def test_every_map_is_read(a_decoder: MaskDecoder, channel: int) -> None:
     maps[:, channel] = -maps[:, channel]
 
     assert (a_decoder(**given | {"maps": maps}).logits - a_decoder(**given).logits).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_reading_the_features_apart_changes_nothing() -> None:
+    """Against the layers one after the other, on all three together."""
+    torch.manual_seed(0)
+    fusion = Fusion(own=8, skip=6)
+    x, skip, maps = (torch.randn(2, channels, 6, 6, 6) for channels in (8, 6, MAPS))
+    expected = torch.cat([x, skip, maps], dim=1)
+    for layer in fusion:
+        expected = layer(expected)
+
+    torch.testing.assert_close(fusion(x, fusion.read(skip), maps), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_was_read_can_be_given_again(a_decoder: MaskDecoder) -> None:
+    given = inputs()
+    read = a_decoder.read_skips(given["skips"])
+    plain, again = a_decoder(**given), a_decoder(**given, read=read)
+    other = a_decoder(**given, read=a_decoder.read_skips((*given["skips"][:2], given["skips"][2] + 1)))
+
+    assert torch.equal(again.logits, plain.logits)
+    assert (other.logits - plain.logits).abs().max() > 1e-4

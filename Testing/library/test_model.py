@@ -72,6 +72,26 @@ def test_features_have_the_shapes_that_their_text_says(some_features: PatchFeatu
     assert some_features.present.all()
 
 
+def test_what_decoders_read_of_the_image_is_kept_where_nothing_learns_and_counted(
+    a_model: PromptableModel, an_image: Tensor
+) -> None:
+    """Kept while weights may change, it would be of former weights."""
+    with torch.no_grad():
+        features = a_model.encode(an_image)
+        before, plain = features.nbytes, a_model.decode(features, ONE_CLICK).logits
+        assert features.read == {}
+    with torch.inference_mode():
+        first = a_model.decode(features, ONE_CLICK).logits
+        kept = {name: [id(part) for part in read] for name, read in features.read.items()}
+        again = a_model.decode(features, ONE_CLICK).logits
+
+    assert kept
+    assert {name: [id(part) for part in read] for name, read in features.read.items()} == kept
+    assert features.nbytes > before
+    torch.testing.assert_close(first, plain, atol=1e-5, rtol=1e-4)
+    assert torch.equal(again, first)
+
+
 def test_memory_is_counted_whole(some_features: PatchFeatures) -> None:
     at_least = 4 * (2 + 3) * 2 * SIZE**3  # image and edges alone, float32
 
