@@ -29,6 +29,7 @@ use_shared_code()
 from KA2ERViewer.page import first, layout, windows  # noqa: E402
 from KA2ERViewer.page.bridge import Bridge  # noqa: E402
 from KA2ERViewer.page.engine import KeptEngine  # noqa: E402
+from KA2ERViewer.page.farewells import expect_farewells  # noqa: E402
 from KA2ERViewer.page.files import Files  # noqa: E402
 from KA2ERViewer.page.layout import SHOWN  # noqa: E402
 from KA2ERViewer.page.scene import ViewerScene  # noqa: E402
@@ -46,6 +47,7 @@ def main() -> None:
     told = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["WSLINK_READY_MSG"] = ""
+    expect_farewells()
     server = get_server(client_type="vue3")
     folder = Path(told["folder"])
     around = ViewerScene(server, folder, decorate)

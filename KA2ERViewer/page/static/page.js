@@ -193,11 +193,17 @@ function lost(code) {
   if (!elsewhere) comeBack(box.querySelector("p"));
 }
 
+// Browsers keep six connections to a server, and use those first. When a network went away each of them may be dead, and
+// only who waits for an answer finds out: so ask on all at once, and give up those that say nothing before the page loads.
+const KEPT = 6;
 async function comeBack(words) {
+  const ask = () => fetch("alive", { cache: "no-store", signal: AbortSignal.timeout(5000) }).catch(() => null);
   for (;;) {
     await new Promise((done) => setTimeout(done, 1000));
-    const answer = await fetch("alive", { cache: "no-store", signal: AbortSignal.timeout(5000) }).catch(() => null);
-    if (answer?.ok) return location.reload(); // all state is in the session's process: it comes back with the page
-    if (answer?.status === 404) return void (words.textContent = "This session is over. Reload to begin another one.");
+    const answers = await Promise.all(Array.from({ length: KEPT }, ask));
+    if (answers.some((one) => one?.ok)) return location.reload(); // all state is in the session's process: it comes back
+    if (answers.some((one) => one?.status === 404)) {
+      return void (words.textContent = "This session is over. Reload to begin another one.");
+    }
   }
 }
