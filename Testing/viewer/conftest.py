@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +38,25 @@ LOOKS = (
     *("busy", "error", "notice", "cursor_text", "slice_Red", "slice_Green", "slice_Yellow"),
 )
 """State of a page that tests change."""
+EXPERT = {"enableExpert": "enabled", "showExpert": "shown", "expertKind": "kind", "expertOpacity": "opacity"}
+"""What a button does -> what it changes of an expert."""
+SETTINGS = {
+    "disagreement": ("disagreement_shown",),
+    "finish": ("smoothing", "islands"),
+    "neighbours": ("neighbours_mode",),
+    "fill": ("fill",),
+    "radius": ("radius",),
+    "windowLevel": ("window", "level"),
+}
+"""The same for the state of a page."""
 FRAME = 6
 """Pixels of the ring around the view that has the keyboard."""
-PATIENCE = 300.0
+PATIENCE = 150.0
 """Seconds that anything may take: the machine may be busy with other things."""
+LIMIT = 300.0
+"""Seconds for a test with all that it begins and ends. It is there for what waits for ever, not for what is slow."""
+AGAIN = 30.0
+"""Seconds after `LIMIT` in which the test may end, and what it used: each step that waits longer is interrupted too."""
 COUNTED = """(() => {
   const send = WebSocket.prototype.send;
   window.sent = 0;
@@ -66,6 +84,62 @@ STILL = """async () => {
   await Promise.race([rest(), late]);
 }""".replace("PATIENCE", str(PATIENCE))
 """The page's process has nothing to do any more, and what it drew last is on the screen."""
+
+
+SEEN = """() => JSON.stringify({
+  loading: document.readyState,
+  lost: document.getElementById("lost")?.innerText,
+  ...Object.fromEntries(["engine", "busy", "error", "reading", "tool", "prompt_count"].map(
+    (name) => [name, window.trame?.state.get(name)])),
+  pictures: [...document.querySelectorAll(".view img")].map((one) => `${one.naturalWidth} in ${one.clientWidth}`),
+  text: document.body?.innerText.slice(0, 500),
+})"""
+"""What a page shows, where it should show something else."""
+viewers: list[Viewer] = []
+"""Those that run."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """No test waits for ever, whatever it waits for: many calls of Playwright have no limit of their own."""
+    if not hasattr(signal, "setitimer"):  # Windows
+        return (yield)
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    # Again and again, because the event loop drops what is raised in its callbacks, and endings can wait too.
+    signal.setitimer(signal.ITIMER_REAL, LIMIT, AGAIN)
+    faulthandler.dump_traceback_later(LIMIT + 10 * AGAIN, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    message = f"a test may take {LIMIT:.0f} s, this one did not end: what it waited for is above, what was there below."
+    raise TimeoutError(message)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What pages and viewers showed when a test failed."""
+    report = yield
+    if report.failed:
+        browser = getattr(item, "funcargs", {}).get("a_browser")
+        contexts = browser.contexts if browser is not None and browser.is_connected() else []
+        report.sections += [_shown(page) for context in contexts for page in context.pages]
+        report.sections += [(f"viewer {viewer.process.args}", viewer.said()) for viewer in viewers]
+    return report
+
+
+def _shown(page: Any) -> tuple[str, str]:
+    try:
+        seen = page.wait_for_function(SEEN, timeout=5000).json_value()  # `evaluate` has no limit
+    except Exception as error:
+        seen = f"the page does not answer: {error}"
+    words = [f"{one.type}: {one.text}" for one in page.console_messages()]
+    return f"page {page.url}", "\n".join([seen, *words, *map(str, page.page_errors())])
 
 
 def chromium() -> str | None:
@@ -105,8 +179,16 @@ class Viewer:
         assert "http://" in line, f"the viewer said {line!r} and not where it is"
         return line.split()[-1]
 
+    def said(self) -> str:
+        """For who reads why a test failed."""
+        state = self.process.poll()
+        lines = self.errors.read_text(errors="replace").splitlines()
+        return "\n".join(["it runs" if state is None else f"it ended with {state}", *lines[-40:]])
+
     def end(self) -> list[str]:
-        """Complaints of VTK and Python that users would have seen in their terminal."""
+        """What users would have seen in their terminal, where VTK or Python complained there."""
+        with contextlib.suppress(ValueError):
+            viewers.remove(self)
         self.process.terminate()
         try:
             self.process.wait(PATIENCE)
@@ -114,7 +196,8 @@ class Viewer:
             self.process.kill()
         lines = self.errors.read_text(errors="replace").splitlines()
         self.errors.unlink()
-        return [line for line in lines if re.search(r"traceback|warn|\berr\b|error: in", line, re.IGNORECASE)]
+        bad = re.compile(r"traceback|warn|\berr\b|error: in", re.IGNORECASE)
+        return lines if any(map(bad.search, lines)) else []
 
 
 def start_viewer(*arguments: str, token: str = "", **variables: str) -> Viewer:
@@ -131,7 +214,8 @@ def start_viewer(*arguments: str, token: str = "", **variables: str) -> Viewer:
     number, errors = tempfile.mkstemp(prefix="viewer-errors-")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=number, text=True, env=environment)
     os.close(number)
-    return Viewer(process, Path(errors), token)
+    viewers.append(Viewer(process, Path(errors), token))
+    return viewers[-1]
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +223,8 @@ def a_viewer(a_phantom: Path) -> Iterator[Viewer]:
     """Started by the command line, with the shipped bundle."""
     viewer = start_viewer(str(a_phantom))
     yield viewer
-    assert viewer.end() == []
+    said = viewer.end()
+    assert not said, "\n".join(said)
 
 
 @pytest.fixture(scope="session")
@@ -229,41 +314,39 @@ class Tab:
         self.page.emulate_media(reduced_motion="no-preference")
         self.page.reload()
         self.wait_until_ready()
-        if self.state("volume_name") != self._first["volume_name"]:
+        first = self._first
+        if self.state("volume_name") != first["volume_name"]:
             self.open(volume)
         if self.state("busy"):
             self.tell("cancel")
-        for row in self.state("segments"):
+        now = self._looks()
+        for row in now["segments"]:
             self.tell("lockSegment", row["id"], False)
             self.tell("removeSegment", row["id"])
-        for row in self._first["experts"]:
-            if not row["fixed"]:
-                self.tell("enableExpert", row["name"], row["enabled"])
-            self.tell("showExpert", row["name"], row["shown"])
-            self.tell("expertKind", row["name"], row["kind"])
-            self.tell("expertOpacity", row["name"], row["opacity"])
-        self.tell("disagreement", False)
-        self.tell("finish", self._first["smoothing"], self._first["islands"])
-        self.tell("neighbours", self._first["neighbours_mode"])
-        self.tell("fill", self._first["fill"])
-        self.tell("radius", self._first["radius"])
+        for row, begun in zip(now["experts"], first["experts"], strict=False):
+            for action, part in EXPERT.items():
+                if row[part] != begun[part]:
+                    self.tell(action, row["name"], begun[part])
+        for action, names in SETTINGS.items():
+            if any(now[name] != first[name] for name in names):
+                self.tell(action, *(first[name] for name in names))
         self.tell("positive")
-        self.tell("windowLevel", self._first["window"], self._first["level"])
         self.tell("cursorHide")
-        if self.state("tool") != self._first["tool"]:
-            self.tell(self._first["tool"])
+        if self.state("tool") != first["tool"]:
+            self.tell(first["tool"])
         for view in ("Red", "Green", "Yellow"):
             self.tell("fit", view)
-            self.page.evaluate(f"window.trame.state.set('slice_{view}', {self._first[f'slice_{view}']})")
-        self.page.evaluate(f"window.trame.state.set('layout', '{self._first['layout']}')")
+            self.page.evaluate(f"window.trame.state.set('slice_{view}', {first[f'slice_{view}']})")
+        self.page.evaluate(f"window.trame.state.set('layout', '{first['layout']}')")
         self.tell("dismiss")
         self.still()
         self.foreign.clear()
-        return self._looks() == self._first
+        return self._looks() == first
 
     def _looks(self) -> dict[str, Any]:
         """What a test may leave different."""
-        looks = {name: self.state(name) for name in LOOKS}
+        asked = "(names) => Object.fromEntries(names.map((name) => [name, window.trame.state.get(name)]))"
+        looks = dict(self.page.evaluate(asked, list(LOOKS)))
         looks["experts"] = [{**row, "share": None} for row in looks["experts"]]
         return looks
 

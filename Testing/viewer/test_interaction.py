@@ -10,6 +10,8 @@ import pytest
 from KA2ERViewer.shared import use_shared_code
 
 pytestmark = pytest.mark.slow
+STEP = 1.4
+"""Millimetres of the crosshair with one key: a voxel of the phantom."""
 
 
 def focus(tab: Any, view: str) -> None:
@@ -25,12 +27,12 @@ def go(tab: Any, view: str, ras: tuple[float, float, float]) -> None:
     tab.press("ArrowRight")
     assert tab.cursor() is not None
     for axis, (more, less) in zip(axes, keys, strict=True):
-        for _ in range(200):
-            distance = ras[axis] - tab.cursor()[axis]
-            if abs(distance) < 1.0:
-                break
-            far = "Shift+" if abs(distance) > 15 else ""
-            tab.press(far + (more if distance > 0 else less))
+        steps = round((ras[axis] - tab.cursor()[axis]) / STEP)
+        far, near = divmod(abs(steps), 10)
+        for key in far * ["Shift+"] + near * [""]:
+            tab.page.keyboard.press(key + (more if steps > 0 else less))
+        tab.still()
+        assert abs(ras[axis] - tab.cursor()[axis]) < STEP
 
 
 def test_tools_and_keys_are_those_of_the_slicer_module_and_more(a_tab: Any) -> None:
