@@ -42,8 +42,9 @@ check: environment-test  ## mypy and the import contracts
 	$(BIN)/mypy --strict KA2ERSegment KA2ERViewer
 	$(BIN)/lint-imports
 
+# A process for each core, one thread each (Testing/conftest.py).
 unit: environment-test  ## pytest, all but the viewer
-	$(BIN)/python -m pytest --ignore Testing/viewer
+	$(BIN)/python -m pytest --ignore Testing/viewer --numprocesses logical --maxprocesses 4 --dist worksteal
 
 test-view: environment-test-view  ## pytest of the viewer, in its own environment and a real browser
 	.venv-viewer/bin/python -m pytest Testing/viewer
