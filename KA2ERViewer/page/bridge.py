@@ -51,6 +51,7 @@ class Bridge:
         self.surfaces = Surfaces(around.scene)
         self.hands = HandEdits(around.app.segmentation_editor, self.logic)
         around.app.segmentation_editor.segmentation_modified.connect(self._on_stroke)
+        Frames.answering = lambda: bool(self.logic.busy) or self.surfaces.outdated
         self.cursor = KeyboardCursor(around.scene, around.slices, self.logic, lambda: self.tool)
         self._display: tuple[Any, int] | None = None  # of the volume, and our observer of it
         self._changed = True
@@ -315,13 +316,16 @@ class Bridge:
                 self._changed = False
                 self.hands.follow()
                 self.state.update(self._read())
+        Frames.look_again()
 
     def _follow_surfaces(self) -> None:
         """The slices come first: people look at them while they click."""
-        if not self.surfaces.outdated or self.logic.busy or any(frames.is_behind for frames in Frames.every):
+        drawn = all(frames.is_waiting or not frames.is_behind for frames in Frames.every)
+        if not self.surfaces.outdated or self.logic.busy or not drawn:
             return
         if self.surfaces.update(self.logic.segmentationNode):
             self.around.solid.fit_view_to_content()
+        Frames.look_again()
 
     def _busy(self) -> dict[str, Any]:
         logic = self.logic

@@ -2,8 +2,9 @@
 
 trame-rca's own scheduler draws everything twice, the second time only for a better JPEG, and all views draw before the
 first of them is sent. Here one view draws at a time, that with the pointer first, and is sent before the next one
-draws; what nothing followed is sent again in a better quality, without drawing it again. Without a graphics card
-drawing is most of what a page does.
+draws; what nothing followed is sent again in a better quality, without drawing it again. A view that shows nothing of
+a prompt before it is answered waits for that. Without a graphics card drawing is most of what a page does, and it takes
+the cores that the answer is computed on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ STILL_AFTER = 0.12
 """Seconds without anything new, after which a picture is sent again in its final quality."""
 TURN = 0.1
 """Seconds after being drawn in which a view lets others go first."""
+PATIENCE = 1.0
+"""Seconds that a view waits at most for an answer."""
 STILL_QUALITY = 92
 """Of JPEG."""
 
@@ -41,6 +44,8 @@ class Frames:
 
     every: list[Frames] = []  # noqa: RUF012 - one page is one process
     """Those of all views."""
+    answering: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether a prompt is worked on, or what is shown of its answer."""
     _news = asyncio.Event()
     _painter: asyncio.Task[None] | None = None
 
@@ -50,7 +55,10 @@ class Frames:
         self.rca, self.target_fps = window, target_fps
         self._quality, self._encoder = interactive_quality, rca_encoder
         self._push: Callable[[bytes, dict[str, Any]], None] | None = None
+        self.gives_way = False
+        """Whether it waits for an answer while the pointer is in another view."""
         self._asked = False
+        self._asked_at = 0.0
         self._latest: tuple[Any, int, int] | None = None  # not yet sent in its final quality
         self._begun = 0.0
         Frames.every.append(self)
@@ -63,13 +71,26 @@ class Frames:
 
     def schedule_render(self) -> None:
         """The view is different now."""
-        self._asked = True
+        if not self._asked:
+            self._asked, self._asked_at = True, time.monotonic()
+        Frames._news.set()
+
+    @staticmethod
+    def look_again() -> None:
+        """What was waited for may have come."""
         Frames._news.set()
 
     @property
     def is_behind(self) -> bool:
         """Whether the view was not yet drawn as it is now."""
         return self._asked
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is behind and lets the answer to a prompt come first."""
+        elsewhere = any(other.target_fps > self.target_fps for other in Frames.every)
+        waits = self._asked and self.gives_way and elsewhere and Frames.answering()
+        return waits and time.monotonic() < self._asked_at + PATIENCE
 
     @property
     def is_still(self) -> bool:
@@ -85,6 +106,8 @@ class Frames:
 
     def _due(self) -> float | None:
         """When there is something to do; None where there is not."""
+        if self.is_waiting:
+            return self._asked_at + PATIENCE
         if self._asked:
             return self._begun + 1 / self.target_fps
         return None if self._latest is None else self._begun + STILL_AFTER

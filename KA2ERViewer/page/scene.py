@@ -13,7 +13,7 @@ from trame_slicer.core import SlicerApp
 from trame_slicer.rca_view import register_rca_factories
 from trame_slicer.views import ViewLayoutDefinition
 
-from KA2ERViewer.page.frames import use_frames
+from KA2ERViewer.page.frames import Frames, use_frames
 
 MODULES = {
     "Markups": None,
@@ -70,6 +70,7 @@ class ViewerScene:
             for name, orientation in SLICES.items()
         }
         self.solid = manager.create_view(ViewLayoutDefinition.threed_view(background_color=DEEP))
+        Frames.every[-1].gives_way = True  # its surfaces are made once an answer is in the slices
         self.views = {**self.slices, "ThreeD": self.solid}
         vtk.vtkObject.GlobalWarningDisplayOn()
         manager.set_current_view_ids([view.get_singleton_tag() for view in self.views.values()])
@@ -77,8 +78,10 @@ class ViewerScene:
         for view in self.slices.values():
             view.set_background_color_from_string(BLACK)
             view.set_ruler(1)
-            # Without a graphics card smoother edges of lines would be most of what a drawing takes.
+        for view in self.views.values():
+            # Without a graphics card smoother edges would be most of what a drawing takes.
             view.render_window().SetMultiSamples(0)
+        self.solid.renderer().SetUseFXAA(True)  # a tenth of that, and lines of slices would lose their sharpness
 
     def _tell_slicer(self) -> None:
         """`slicer.mrmlScene` and `slicer.modules.<name>.logic()`, where the shared code expects them."""

@@ -12,7 +12,7 @@ import vtk
 
 from SlicerKA2ERLib.SegmentWriter import LABELMAP, segmentIds
 
-MANY = 3_000_000
+MANY = 1_000_000
 """Voxels around a segment from which on every second one along each axis is enough for a picture."""
 SMOOTHING = 12
 GROWN = 1.4
