@@ -20,7 +20,11 @@ SPACING_IJK = (0.8, 1.1, 2.5)  # mm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, saying so, where there is no CUDA. torch is only loaded when one is collected."""
+    """Tests marked gpu are skipped, saying so, where there is no CUDA. torch is only loaded when one is collected.
+
+    The longest test comes first: with several processes, the others do the rest meanwhile.
+    """
+    items.sort(key=lambda item: item.path.name != "test_soak.py")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
