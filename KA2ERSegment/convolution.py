@@ -84,7 +84,11 @@ def quick_layout(image: torch.Tensor) -> torch.Tensor:
     """
     if image.device.type != "cpu" or torch.is_grad_enabled():
         return image
-    return image.contiguous(memory_format=torch.channels_last_3d)
+    laid = image.contiguous(memory_format=torch.channels_last_3d)
+    if laid.stride(0) == laid[0].numel():
+        return laid
+    # A batch of one counts as contiguous whatever its stride is, but where that is odd oneDNN answers channels first.
+    return laid.clone(memory_format=torch.channels_last_3d)
 
 
 def _fills_half_a_register(image: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -178,7 +178,7 @@ class MaskDecoder(nn.Module):
         ignore = torch.cat([ignore.new_zeros(len(ignore), 2), ignore], dim=1)
         for block in self.blocks:
             tokens, image = block(tokens, image, position, ignore)
-        x = image.transpose(1, 2).unflatten(2, grid)
+        x = quick_layout(image.transpose(1, 2).unflatten(2, grid))
         read = self.read_skips(skips) if read is None else read
         for stride, narrow, fuse, skip in zip((4, 2, 1), self.narrow, self._fusions, read, strict=True):
             x = F.interpolate(narrow(x), scale_factor=2, mode="trilinear", align_corners=False)

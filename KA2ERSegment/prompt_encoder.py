@@ -158,12 +158,14 @@ def geodesic_distance(edges: Tensor, start: Tensor, rounds: int = 2) -> Tensor:
     for _ in range(rounds):
         for axis in (2, 3, 4):
             costs = edges[:, axis - 2].movedim(axis - 1, 0)[:, :, None].contiguous().unbind()  # S times (B, 1, S, S)
-            planes = list(distance.movedim(axis, 0).contiguous().unbind())  # S times (B, C, S, S)
+            along = distance.movedim(axis, 0).clone(memory_format=torch.contiguous_format)
+            planes = along.unbind()  # S times (B, C, S, S)
+            longer = torch.empty_like(planes[0])
             for n in range(1, len(planes)):
-                planes[n] = torch.minimum(planes[n], planes[n - 1] + costs[n - 1])
+                torch.minimum(planes[n], torch.add(planes[n - 1], costs[n - 1], out=longer), out=planes[n])
             for n in range(len(planes) - 2, -1, -1):
-                planes[n] = torch.minimum(planes[n], planes[n + 1] + costs[n])
-            distance = torch.stack(planes).movedim(0, axis)
+                torch.minimum(planes[n], torch.add(planes[n + 1], costs[n], out=longer), out=planes[n])
+            distance = along.movedim(0, axis)
     return distance
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from KA2ERSegment.convolution import QuickConvolution, SoundConvolution
+from KA2ERSegment.convolution import QuickConvolution, SoundConvolution, quick_layout
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,18 @@ def test_convolutions_to_few_channels_come_out_the_same_to_the_last_bit(
         expected = layer(odd.contiguous(memory_format=torch.channels_last_3d))[..., :-1]
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_one_image_keeps_its_layout_whatever_stride_its_batch_has() -> None:
+    """With a batch stride that no batch of more could have oneDNN would answer channels first, and slowly."""
+    torch.manual_seed(0)
+    layer, image = nn.Conv3d(6, 4, 1), torch.randn(1, 4 * 4 * 4, 6).transpose(1, 2).unflatten(2, (4, 4, 4))
+    odd = image.as_strided(image.shape, (6, *image.stride()[1:]))
+    with torch.inference_mode(), QuickConvolution():
+        found = layer(quick_layout(odd))
+        expected = layer(image.contiguous())
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found, expected)
 
 
 def test_small_convolutions_go_to_onednn() -> None:
