@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 from KA2ERSegment.cancellation import checkpoint
@@ -107,9 +106,9 @@ class Guide:
         grey = np.asarray((sampled.numpy().clip(low, high) - low) / scale, dtype=np.float32)
         checkpoint()
         fine = halved(patch)
-        fine_grey = (sample_image(canonical.array_kji, fine)[0].numpy().clip(low, high) - low) / np.float32(scale)
+        fine_values = (sample_image(canonical.array_kji, fine)[0].numpy().clip(low, high) - low) / np.float32(scale)
         checkpoint()
-        fine_grey = ndimage.gaussian_filter(fine_grey, QUIET, mode="nearest", truncate=3.0)
+        fine_grey = _quiet(fine_values)
         checkpoint()
         mean = _mean(grey)
         variance = np.asarray((_mean(grey * grey) - mean * mean).clip(0) + SMOOTHNESS**2, dtype=np.float32)
@@ -202,16 +201,29 @@ def _doubled(values: FloatImage) -> FloatImage:
 
 
 def _mean(values: npt.NDArray[np.floating]) -> FloatImage:
-    """Of each sample's neighbourhood: along each axis a product with a matrix, twice as quick as SciPy's filter."""
-    mean = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    along = _neighbours(len(values))
-    mean = (along @ mean.flatten(1)).view_as(mean)
-    return (along @ mean @ along.T).numpy()
+    """Of each sample's neighbourhood."""
+    width = 2 * RADIUS + 1
+    return _filtered(values, (1 / width,) * width)
+
+
+def _quiet(values: npt.NDArray[np.floating]) -> FloatImage:
+    """Without noise: a Gaussian of deviation QUIET, three of them to each side."""
+    reach = round(3 * QUIET)
+    bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / QUIET) ** 2)
+    return _filtered(values, tuple((bell / bell.sum()).tolist()))
+
+
+def _filtered(values: npt.NDArray[np.floating], kernel: tuple[float, ...]) -> FloatImage:
+    """Convolved with a kernel along each axis: products with matrices, on a patch twice as quick as SciPy."""
+    image = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    along = _matrix(len(values), kernel)
+    image = (along @ image.flatten(1)).view_as(image)
+    return (along @ image @ along.T).numpy()
 
 
 @cache
-def _neighbours(size: int) -> Tensor:
-    """(size, size), the share of each sample in the mean around each; the outermost stand for what is beyond them."""
-    reach = torch.arange(-RADIUS, RADIUS + 1)
-    at = (torch.arange(size)[:, None] + reach).clamp(0, size - 1)
-    return torch.zeros(size, size).scatter_add_(1, at, torch.full(at.shape, 1 / len(reach)))
+def _matrix(size: int, kernel: tuple[float, ...]) -> Tensor:
+    """(size, size), how much of each sample is in each filtered one; the outermost stand for what is beyond them."""
+    reach = len(kernel) // 2
+    at = (torch.arange(size)[:, None] + torch.arange(-reach, reach + 1)).clamp(0, size - 1)
+    return torch.zeros(size, size).scatter_add_(1, at, torch.tensor(kernel).expand_as(at))

@@ -16,7 +16,7 @@ from KA2ERSegment.plans import Plans
 from KA2ERSegment.prediction import Prediction
 from KA2ERSegment.preprocessing import Patch, sample_image, upsample
 from KA2ERSegment.prompts import BoxPrompt
-from KA2ERSegment.refinement import UNSURE, Guide, Refiner, halved
+from KA2ERSegment.refinement import QUIET, RADIUS, UNSURE, Guide, Refiner, _mean, _quiet, halved
 from KA2ERSegment.session import Session
 from KA2ERSegment.testing import tiny_bundle
 from KA2ERSegment.volume import Volume
@@ -52,6 +52,16 @@ def test_a_halved_patch_covers_the_same_part() -> None:
     assert fine.size == 64
     for mine, its in zip(patch.faces, fine.faces, strict=True):
         np.testing.assert_allclose(mine, its)
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_filters_are_those_of_scipy(size: int) -> None:
+    values = np.random.default_rng(0).normal(size=(size, size, size)).astype(np.float32)
+
+    mean = ndimage.uniform_filter(values, 2 * RADIUS + 1, mode="nearest")
+    np.testing.assert_allclose(_mean(values), mean, atol=1e-6)
+    quiet = ndimage.gaussian_filter(values, QUIET, mode="nearest", truncate=3.0)
+    np.testing.assert_allclose(_quiet(values), quiet, atol=1e-6)
 
 
 def test_the_border_follows_the_image() -> None:
