@@ -261,6 +261,31 @@ def test_legend_is_drawn_beside_the_image(a_segmented_logic, a_slice_view, wait)
     assert right.sum() > 200
 
 
+def test_overlay_lightens_black_and_does_not_cover_white_with_black(a_scene, a_volume_node, a_slice_view, here):
+    from SlicerKA2ERLib.Overlays import Overlays
+
+    display = a_volume_node.GetDisplayNode()
+    display.SetAutoWindowLevel(False)
+    a_slice_view.show(a_volume_node)
+    a_slice_view.jumpTo(here)
+    overlays = Overlays(a_scene.scene, a_scene.applicationLogic, legends=False)
+    shape = a_volume_node.GetImageData().GetDimensions()[::-1]
+    brightest = {}
+    for low, high, image in ((-2000, -1000, "white"), (1000, 2000, "black")):
+        display.SetWindowLevelMinMax(low, high)
+        for value in (0.0, 0.06, 1.0):
+            place = ijkToRas(a_volume_node), np.full(shape, value)
+            overlays.put("red", "red", (1, 0, 0), 0.5, "liver", *place, a_volume_node)
+            picture = a_slice_view.render()
+            brightest[image, value] = picture[picture.shape[0] // 2, picture.shape[1] // 2].max()
+    overlays.clear()
+
+    assert brightest["black", 0.0] == 0
+    assert brightest["white", 0.0] == 255
+    assert 0 < brightest["black", 0.06] < brightest["black", 1.0]
+    assert brightest["white", 0.06] > 170
+
+
 @pytest.mark.parametrize("count", [2, 4, 7])
 def test_legends_of_many_experts_do_not_cover_each_other(a_scene, a_volume_node, count):
     from SlicerKA2ERLib.Overlays import Overlays

@@ -26,6 +26,8 @@ TOP, LEGENDS = 0.88, 3
 TITLE_SIZE, LABEL_SIZE = 12, 10
 LOWEST = 0.05
 """Below it an overlay shows nothing."""
+FAINTEST = 0.4
+"""Of the colour's brightness, at 0."""
 FOLDER = "KA2ER confidence: {segment}"
 
 
@@ -140,7 +142,10 @@ class Overlays:
         return node
 
     def _newTable(self, title: str, color: Color) -> Any:
-        """From black to the expert's colour, so that experts can be told apart where they overlap."""
+        """From the expert's colour, darkened, to itself: black would hide the image where little is to be said.
+
+        A colour that grows out of nothing would be better; Slicer's slice views take any transparency for none.
+        """
         table = self._scene.CreateNodeByClass("vtkMRMLColorTableNode")
         table.UnRegister(None)
         table.SetName(title)
@@ -150,7 +155,8 @@ class Overlays:
         table.SetNumberOfColors(256)
         table.GetLookupTable().SetTableRange(0, 255)
         for n in range(256):
-            table.SetColor(n, str(n), *(0.15 * n / 255 + 0.85 * c * n / 255 for c in color), 1.0)
+            shade = FAINTEST + (1 - FAINTEST) * n / 255
+            table.SetColor(n, str(n), *((0.15 + 0.85 * c) * shade for c in color), 1.0)
         self._scene.AddNode(table)
         return table
 
