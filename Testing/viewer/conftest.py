@@ -65,27 +65,29 @@ COUNTED = """(() => {
 """How many messages the page sent."""
 STILL = """async () => {
   const painted = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-  const late = new Promise((_, fail) => setTimeout(() => fail(new Error("never came to rest")), PATIENCE * 1000));
-  const views = [...document.querySelectorAll(".view")].filter((view) => view.offsetWidth);
-  const pictures = views.map((view) => view.querySelector("img"));
   const fits = (one) => one?.naturalWidth && Math.abs(one.naturalWidth / devicePixelRatio - one.clientWidth) < 2;
+  let before, settled, pictures;
   const rest = async () => {
-    let before, settled;
     do {
       before = window.sent;
       settled = await window.trame.trigger("settled");
       // a view sends what the mouse did one by one, the next thing 10 ms after the answer to the last
       await new Promise((done) => setTimeout(done, 40));
       await painted();
+      // asked for anew each time: a page that was just loaded may not have them yet
+      const views = [...document.querySelectorAll(".view")].filter((view) => view.offsetWidth);
+      pictures = views.map((view) => view.querySelector("img"));
       await Promise.all(pictures.map((one) => one?.decode().catch(() => {})));
       await painted();
-    } while (!settled || window.sent > before + 1 || !pictures.every(fits));
+    } while (!settled || window.sent > before + 1 || !pictures.length || !pictures.every(fits));
   };
+  const found = () => JSON.stringify({ settled, sent: window.sent - before,
+    pictures: pictures?.map((one) => `${one?.naturalWidth} in ${one?.clientWidth}`) });
+  const late = new Promise((_, fail) => setTimeout(
+    () => fail(new Error(`the page never came to rest: ${found()}`)), PATIENCE * 1000));
   await Promise.race([rest(), late]);
 }""".replace("PATIENCE", str(PATIENCE))
 """The page's process has nothing to do any more, and what it drew last is on the screen."""
-
-
 SEEN = """() => JSON.stringify({
   loading: document.readyState,
   lost: document.getElementById("lost")?.innerText,
