@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import faulthandler
 import io
@@ -12,8 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +145,25 @@ def _shown(page: Any) -> tuple[str, str]:
         seen = f"the page does not answer: {error}"
     words = [f"{one.type}: {one.text}" for one in page.console_messages()]
     return f"page {page.url}", "\n".join([seen, *words, *map(str, page.page_errors())])
+
+
+@pytest.fixture(scope="session")
+def run_apart() -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """`asyncio.run` in a thread of its own: Playwright leaves a running event loop in the main one."""
+
+    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        done: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                done.set_result(asyncio.run(coroutine))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # nobody waits for it when the test was interrupted
+        return done.result()
+
+    return run
 
 
 def chromium() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -14,7 +13,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +128,7 @@ def test_quiet_connection_is_not_taken_for_a_dead_one(a_cable: Cable, a_far_tab:
     assert a_far_tab.page.locator("#lost").count() == 0
 
 
-def test_tab_that_leaves_while_it_is_answered_is_no_error() -> None:
+def test_tab_that_leaves_while_it_is_answered_is_no_error(run_apart: Callable[..., Any]) -> None:
     protocols = pytest.importorskip("wslink.protocol", reason="needs the viewer's environment: make test-view")
     from wslink.websocket import ServerProtocol
 
@@ -152,9 +150,7 @@ def test_tab_that_leaves_while_it_is_answered_is_no_error() -> None:
     handler.connections["tab"] = gone
     handler.authentified_client_ids.add("tab")
 
-    # In a thread of its own: Playwright leaves a running event loop in the main one.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        thread.submit(asyncio.run, answer(handler)).result()
+    run_apart(answer(handler))
 
     assert gone.asked == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ async def _views(drawn: list[str]) -> tuple[View, View]:
 
 
 def test_the_3d_view_is_drawn_once_the_prompt_is_answered(
-    answering: list[bool], monkeypatch: pytest.MonkeyPatch
+    answering: list[bool], monkeypatch: pytest.MonkeyPatch, run_apart: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(frames, "PATIENCE", 1e6)
 
@@ -78,10 +79,12 @@ def test_the_3d_view_is_drawn_once_the_prompt_is_answered(
         await _until(drawn, "red", "solid")
         assert not solid.frames.is_waiting
 
-    asyncio.run(use())
+    run_apart(use())
 
 
-def test_it_does_not_wait_for_ever(answering: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_wait_for_ever(
+    answering: list[bool], monkeypatch: pytest.MonkeyPatch, run_apart: Callable[..., Any]
+) -> None:
     monkeypatch.setattr(frames, "PATIENCE", 0.05)
 
     async def use() -> None:
@@ -91,10 +94,12 @@ def test_it_does_not_wait_for_ever(answering: list[bool], monkeypatch: pytest.Mo
         solid.frames.schedule_render()
         await _until(drawn, "solid")
 
-    asyncio.run(use())
+    run_apart(use())
 
 
-def test_it_does_not_wait_while_the_pointer_is_in_it(answering: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_wait_while_the_pointer_is_in_it(
+    answering: list[bool], monkeypatch: pytest.MonkeyPatch, run_apart: Callable[..., Any]
+) -> None:
     monkeypatch.setattr(frames, "PATIENCE", 1e6)
 
     async def use() -> None:
@@ -105,4 +110,4 @@ def test_it_does_not_wait_while_the_pointer_is_in_it(answering: list[bool], monk
         solid.frames.schedule_render()
         await _until(drawn, "solid")
 
-    asyncio.run(use())
+    run_apart(use())
