@@ -37,8 +37,7 @@ class Cable:
     def cut(self) -> None:
         self._plugged = False
         for end in list(self._ends):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+            self._end(end)
 
     def swallow(self) -> None:
         """From now on nothing arrives, and nobody is told: as when a network goes away."""
@@ -51,9 +50,8 @@ class Cable:
 
     def close(self) -> None:
         self.cut()
-        self._listening.close()
-        for end in self._dead:
-            end.close()
+        for end in (self._listening, *self._dead):
+            self._end(end)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -79,8 +77,13 @@ class Cable:
                 target.sendall(content)
         for end in (source, target):
             self._ends.discard(end)
-            with contextlib.suppress(OSError):
-                end.close()
+            self._end(end)
+
+    @staticmethod
+    def _end(end: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)  # closing alone tells nobody while another thread reads from it
+        end.close()
 
 
 @pytest.fixture
