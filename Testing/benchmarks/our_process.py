@@ -102,13 +102,15 @@ def main(image: str, bundle_folder: str, clicks: int, threads: int, started: flo
 
     import numpy as np
 
-    from KA2ERSegment import mask_decoder, model, sharing
+    from KA2ERSegment import mask_decoder, model, refinement, sharing, voting
     from KA2ERSegment import session as session_module
 
     watch = Stopwatch()
     watch.watch(model, "dense_maps", "prompt maps")
-    watch.watch(mask_decoder.MaskDecoder, "forward", "decoder")
-    watch.watch(sharing, "upsample", "upsampling")
+    watch.watch(mask_decoder.MaskDecoder, "forward", "decoders")
+    watch.watch(voting.VotingHead, "forward", "vote")
+    watch.watch(refinement.Refiner, "detail", "refinement")
+    watch.watch(refinement.Detail, "at_voxels", "upsampling")
     watch.watch(sharing, "honour", "clicks honoured")
     watch.watch(model.PromptableModel, "encode", "features of a patch")
     rng = np.random.default_rng(0)
