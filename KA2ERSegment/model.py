@@ -40,7 +40,7 @@ class PatchFeatures:
         present: (B, K+1) bool, arms used.
         prior: (B, K+1), log probability that the volume is one of each arm's (`domain.log_prior`), or None.
         read: what the mask decoders that were heard make of the skips (`MaskDecoder.read_skips`), by their names; kept
-            in inference mode alone, where no weight changes.
+            and used in inference mode alone, where no weight changes.
     """
 
     image: Tensor
@@ -237,12 +237,14 @@ class PromptableModel(nn.Module):
         return decoded
 
     def _answer_of(self, name: str, features: PatchFeatures, inputs: DecoderInputs) -> Decoded:
-        """The answer of a decoder by its name; what it makes of the skips is kept with the features."""
+        """The answer of a decoder by its name; what it makes of the skips is kept in inference mode."""
         decoder = cast("MaskDecoder", self.mask_decoder if name == GENERAL else self.specialists[name])
-        if torch.is_inference_mode_enabled() and name not in features.read:
+        if not torch.is_inference_mode_enabled():  # what was kept may be of former weights, and has no gradients
+            return self.run_decoder(decoder, inputs)
+        if name not in features.read:
             with QuickConvolution():
                 features.read[name] = decoder.read_skips(inputs[1])
-        return self.run_decoder(decoder, inputs, features.read.get(name))
+        return self.run_decoder(decoder, inputs, features.read[name])
 
     def _gated(
         self, gate: Gate, general: Decoded, features: PatchFeatures, prompts: PatchPrompts, inputs: DecoderInputs

@@ -92,6 +92,25 @@ def test_what_decoders_read_of_the_image_is_kept_where_nothing_learns_and_counte
     assert torch.equal(again, first)
 
 
+def test_what_was_kept_is_not_used_where_weights_may_change(an_image: Tensor) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_plans())
+    fuse = model.mask_decoder.fuse[0]
+    of_features = slice(fuse.own, fuse.own + fuse.skip)
+    with torch.no_grad():
+        features = model.encode(an_image)
+    with torch.inference_mode():
+        model.decode(features, ONE_CLICK)
+    with torch.no_grad():
+        fuse[0].weight[:, of_features] *= -1
+
+    found = model.decode(features, ONE_CLICK).logits
+    found.square().mean().backward()
+
+    assert torch.equal(found, model.decode(replace(features, read={}), ONE_CLICK).logits)
+    assert fuse[0].weight.grad[:, of_features].abs().amax((0, 2, 3, 4)).min() > 0
+
+
 def test_memory_is_counted_whole(some_features: PatchFeatures) -> None:
     at_least = 4 * (2 + 3) * 2 * SIZE**3  # image and edges alone, float32
 
