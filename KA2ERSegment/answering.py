@@ -210,24 +210,25 @@ class Answerer:
         return [0, *(self.model.arms.index(name) for name in experts)]
 
     def _features_of(self, patch: Patch, experts: tuple[str, ...]) -> PatchFeatures:
-        if (patch, experts) in self.features:
-            self.features.move_to_end((patch, experts))
-            return self.features[patch, experts]
+        if (patch, experts) not in self.features:
+            self.features[patch, experts] = self._encoded(patch, experts)
+        self.features.move_to_end((patch, experts))
+        # Looked at each time: answers and opinions add what their decoders make of the features.
+        while len(self.features) > 1 and sum(kept.nbytes for kept in self.features.values()) > self._feature_bytes:
+            self.features.popitem(last=False)
+        return self.features[patch, experts]
+
+    def _encoded(self, patch: Patch, experts: tuple[str, ...]) -> PatchFeatures:
         everyone = self.model.arms[1:]
         if experts != everyone:
             with torch.inference_mode():
-                features = self.model.among(self._features_of(patch, everyone), self._arms_at(experts))
-        else:
-            image, inside = sample_image(self.canonical.array_kji, patch)
-            checkpoint()
-            raw = self._raw(image, inside, patch).to(self.device) if self.model.reads_raw else None
-            with torch.inference_mode():
-                patch_image = normalise(image[None], inside[None]).to(self.device)
-                features = self.model.encode(patch_image, raw=raw, prior=self._prior)
-        self.features[patch, experts] = features
-        while len(self.features) > 1 and sum(kept.nbytes for kept in self.features.values()) > self._feature_bytes:
-            self.features.popitem(last=False)
-        return features
+                return self.model.among(self._features_of(patch, everyone), self._arms_at(experts))
+        image, inside = sample_image(self.canonical.array_kji, patch)
+        checkpoint()
+        raw = self._raw(image, inside, patch).to(self.device) if self.model.reads_raw else None
+        with torch.inference_mode():
+            patch_image = normalise(image[None], inside[None]).to(self.device)
+            return self.model.encode(patch_image, raw=raw, prior=self._prior)
 
     def _raw(self, image: Tensor, inside: Tensor, patch: Patch) -> RawPatch:
         step = np.multiply(patch.step, self.canonical.spacing)[::-1].astype(np.float32)  # mm, KJI

@@ -826,6 +826,22 @@ def test_features_are_kept_within_their_memory(a_bundle: Bundle, a_volume: Volum
     assert len(small._answerer.features) == 1  # the patch at work always stays
 
 
+def test_what_answers_add_to_features_counts_in_their_memory(a_bundle: Bundle, a_volume: Volume) -> None:
+    model = threshold_model()
+    one = 2 * 32**3 * 4  # bytes that the fake's features of a patch take
+    session = fake_session(a_bundle, model, a_volume, feature_memory_mb=2.5 * one / 1e6)
+    for name, i in (("left", 2), ("right", 20)):
+        session.select(name)
+        session.add(BoxPrompt.from_ijk((i, 3, 2), (i + 6, 9, 7), a_volume))
+    kept = session._answerer.features
+    assert len(kept) == 2
+    for features in kept.values():
+        features.nbytes += one
+    session.add(PointPrompt.from_ijk((22, 6, 4), a_volume))
+    assert [features.nbytes for features in kept.values()] == [2 * one]
+    assert model.encoded == 2
+
+
 class CountedArray:
     """An image that counts the voxels read from it."""
 
