@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from KA2ERSegment.attention import Attention, sine_position
+from KA2ERSegment.cancellation import checkpoint
 from KA2ERSegment.convolution import quick_layout
 from KA2ERSegment.prompt_encoder import MAPS, PRIOR
 
@@ -65,6 +66,7 @@ class Fusion(nn.ModuleList):
     """Two convolutions over what was decoded so far, the image's features and the prompt maps, on one grid.
 
     The first is a sum over all three; `read` is its part for the features, which stays the same from click to click.
+    It is never called as a layer, so its checkpoints are here (`cancellation.watch_layers`).
 
     Args:
         own: channels of what was decoded so far, and of the answer.
@@ -85,11 +87,13 @@ class Fusion(nn.ModuleList):
 
     def read(self, skip: Tensor) -> Tensor:
         """(B, skip, ...) features to their part of the first convolution's answer, (B, own, ...)."""
+        checkpoint()
         weight = self._weight[:, self.own : self.own + self.skip]
         return F.conv3d(quick_layout(skip), weight, cast("Tensor", self[0].bias), 1, 1)
 
     def forward(self, x: Tensor, read: Tensor, maps: Tensor) -> Tensor:
         """(B, own, ...) of `x` (B, own, ...), what `read` gave, and the prompt maps (B, MAPS, ...)."""
+        checkpoint()
         weight = torch.cat([self._weight[:, : self.own], self._weight[:, self.own + self.skip :]], dim=1)
         x = F.conv3d(torch.cat([x, maps], dim=1), weight, None, 1, 1) + read
         for layer in list(self.children())[1:]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from KA2ERSegment import BoxPrompt, MaskPrompt, Neighbours, PointPrompt, Polarity, Session, Volume
 from KA2ERSegment.bundle import Bundle
@@ -183,3 +185,22 @@ def test_watching_changes_no_result() -> None:
     with checkpoints(lambda: passed.append(1)):
         assert torch.equal(network(given), before)
     assert len(passed) == 3
+
+
+def test_between_two_convolutions_work_can_be_stopped(a_session: Session) -> None:
+    """They are what a click waits for; none may be called past the layers that `watch_layers` watches."""
+    happened: list[str] = []
+
+    class Listener(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.conv3d, torch.mkldnn_convolution):
+                happened.append("convolution")
+            return func(*args, **(kwargs or {}))
+
+    a_session.forget_features()
+    a_session.checkpoint = lambda: happened.append("checkpoint")
+    with Listener():
+        a_click(a_session)
+
+    assert happened.count("convolution") > 10
+    assert all(before == "checkpoint" for before, now in pairwise(happened) if now == "convolution")
