@@ -19,6 +19,8 @@ CHANGES = (
     (r'<meta\s+name="(description|keywords)"[^>]*>', ""),
     (r'(<script src="vue)', r'<script src="ka2er/page.js"></script>\1'),  # before trame connects: it watches that
     (r",maximum-scale=1,minimum-scale=1", ""),  # people may enlarge the page
+    # trame asks the server for it, and writes it over the page itself where the answer comes after that.
+    (r'<div id="app"></div>\s*<script>.*?</script>', f'<div id="app">{SPINNER}</div>'),
 )
 
 
@@ -31,7 +33,4 @@ def routes() -> list[web.RouteDef]:
     async def index(_: web.Request) -> web.Response:
         return web.Response(text=text, content_type="text/html", headers={"Cache-Control": "no-store"})
 
-    async def spinner(_: web.Request) -> web.Response:
-        return web.Response(text=SPINNER, content_type="text/html")
-
-    return [web.get("/index.html", index), web.get("/loading.tpl", spinner)]
+    return [web.get("/index.html", index)]

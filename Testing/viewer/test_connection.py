@@ -158,6 +158,21 @@ def test_tab_that_leaves_while_it_is_answered_is_no_error(run_apart: Callable[..
     assert gone.asked == 2
 
 
+def test_spinner_of_the_first_page_never_comes_after_the_page_itself(a_tab: Any) -> None:
+    page, late = a_tab.page, list[Any]()
+    page.route("**/loading.tpl", lambda asked: late.append(asked))
+
+    page.reload()
+    a_tab.wait_until_ready()
+    for asked in late:
+        with page.expect_response("**/loading.tpl"):
+            asked.continue_()
+    page.unroute("**/loading.tpl")
+    page.evaluate("new Promise((done) => setTimeout(done, 100))")
+
+    assert page.locator(".volume-name").is_visible()
+
+
 def test_nothing_is_asked_for_that_is_not_there(a_viewer: Any, a_page: Any) -> None:
     wrong: list[str] = []
     a_page.on("response", lambda one: wrong.append(f"{one.status} {one.url}") if one.status >= 400 else None)
