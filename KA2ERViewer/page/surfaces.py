@@ -9,11 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import vtk
+import vtk.util.numpy_support
 
+from KA2ERSegment.geometry import Box
 from SlicerKA2ERLib.SegmentWriter import LABELMAP, segmentIds
 
 MANY = 1_000_000
-"""Voxels around a segment from which on every second one along each axis is enough for a picture."""
+"""Voxels around a segment from which on every second one is enough for a picture, along each axis that is not `FEW`."""
+FEW = 16
+"""Voxels along an axis of which none is left out: a lesion in one slice would be gone."""
 SMOOTHING = 12
 GROWN = 1.4
 """So many times larger than the camera was set for: it is set again."""
@@ -104,17 +108,23 @@ def surface_of(image: Any, label: int) -> Any:
     Args:
         image: vtkOrientedImageData of a binary labelmap.
     """
+    i0, i1, j0, j1, k0, k1 = image.GetExtent()
+    values = vtk.util.numpy_support.vtk_to_numpy(image.GetPointData().GetScalars())
+    values = values.reshape(k1 - k0 + 1, j1 - j0 + 1, i1 - i0 + 1)
+    box = Box.around(values == label)
+    if box is None:
+        return vtk.vtkPolyData()
+    # Segments share labelmaps: most of this one may be another's. vtkImageClip would copy voxel by voxel.
+    own = vtk.util.numpy_support.numpy_to_vtk(box.crop(values).ravel(), deep=True)
+    corners = zip(box.start, box.stop, (i0, j0, k0), strict=True)
     plain, matrix = vtk.vtkImageData(), vtk.vtkMatrix4x4()
-    plain.ShallowCopy(image)
-    plain.SetOrigin(0, 0, 0)
-    plain.SetSpacing(1, 1, 1)
-    plain.SetDirectionMatrix(vtk.vtkMatrix3x3())
+    plain.SetExtent([n for start, stop, first in corners for n in (first + start, first + stop - 1)])
+    plain.GetPointData().SetScalars(own)
     image.GetImageToWorldMatrix(matrix)
 
-    step = 2 if image.GetNumberOfPoints() > MANY else 1
     shrink = vtk.vtkImageShrink3D()
     shrink.SetInputData(plain)
-    shrink.SetShrinkFactors(step, step, step)
+    shrink.SetShrinkFactors([2 if box.size > MANY and size > FEW else 1 for size in box.shape_kji[::-1]])
     shrink.MeanOff()
     pad = vtk.vtkImageConstantPad()  # the surface closes where the labelmap ends
     pad.SetInputConnection(shrink.GetOutputPort())
