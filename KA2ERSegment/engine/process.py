@@ -48,8 +48,8 @@ _SHARED_MACHINE = {
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
 """An engine shares its cores with the viewer: its threads sleep while they wait for each other, instead of running in
-circles, and memory of a click is kept for the next one (glibc), instead of being given back and cleared each time. On
-two busy cores a click took 0.63 instead of 0.90 s of CPU time by the first, and a tenth less by the others. What the
+circles, and memory of a click is kept for the next one (glibc), instead of being given back and cleared each time.
+Where both cores are busy, a click takes clearly less CPU time by the first, and a little less by the others. What the
 environment says otherwise counts."""
 
 _NO_WINDOW = 0x08000000 if sys.platform == "win32" else 0

@@ -12,7 +12,7 @@ from wslink.protocol import WslinkHandler
 
 def expect_farewells() -> None:
     """Have wslink drop what it cannot send any more. Goes once it does not log a traceback for that."""
-    for name in ("sendWrappedMessage", "sendWrappedError"):
+    for name in {"sendWrappedMessage", "sendWrappedError"} & vars(WslinkHandler).keys():
         setattr(WslinkHandler, name, _if_there(getattr(WslinkHandler, name)))
 
 
