@@ -17,7 +17,7 @@ from KA2ERSegment.errors import KA2ERError, SessionStateError
 from KA2ERViewer.page.cursor import KeyboardCursor
 from KA2ERViewer.page.frames import Frames
 from KA2ERViewer.page.hands import EFFECTS, HandEdits
-from KA2ERViewer.page.scene import ViewerScene
+from KA2ERViewer.page.scene import SLICES, ViewerScene
 from KA2ERViewer.page.structures import forget_structure, structure_text
 from KA2ERViewer.page.surfaces import Surfaces
 from SlicerKA2ERLib.PromptLogic import PromptLogic
@@ -251,8 +251,9 @@ class Bridge:
         for old in former:
             if old is not None and old is not node:
                 scene.RemoveNode(old)
-        for view in self.around.slices.values():
+        for name, view in self.around.slices.items():
             view.set_background_volume_id(node.GetID())
+            view.set_orientation(SLICES[name])  # an oblique volume before this one has turned it
             view.get_view_node().RotateToVolumePlane(node) if _oblique(node) else None
             view.fit_view_to_content()
         self.around.solid.reset_view()

@@ -128,6 +128,25 @@ def test_dropped_folder_is_opened_as_a_series(a_tab: Any, an_oblique_series: lis
     assert a_tab.state("error") == ""
 
 
+def test_volume_after_an_oblique_one_is_shown_along_its_own_axes(
+    a_tab: Any, a_phantom: Path, an_oblique_series: list[Path]
+) -> None:
+    a_tab.open(a_zip(an_oblique_series))
+    a_tab.until(lambda: "Slices" in a_tab.state("volume_name"))
+
+    a_tab.open(a_phantom)
+    a_tab.until(lambda: a_tab.state("volume_name") == "ball")
+    a_tab.still()
+
+    a_tab.page.locator(".view-Red .remote-controlled-area").focus()
+    a_tab.press("ArrowRight")
+    r, a, s = a_tab.cursor()
+    a_tab.press("Shift+ArrowUp")
+    moved = np.subtract(a_tab.cursor(), (r, a, s))
+    assert moved[1] > 10
+    assert np.allclose(moved[[0, 2]], 0, atol=0.2)
+
+
 def test_saved_prompts_make_the_same_mask_at_the_command_line(a_tab: Any, a_phantom: Path, tmp_path: Path) -> None:
     import nibabel
 
