@@ -31,8 +31,7 @@ run: environment-view  ## segment in a browser, on http://localhost:8080: a samp
 demo: environment  ## segment the sample without a browser; mask and picture go to OUTPUT
 	$(BIN)/ka2ersegment demo --output $(OUTPUT)
 
-# Not the tests in a browser yet: one of them can wait for ever where a connection is cut (Testing/viewer/test_connection.py).
-test: lint check unit  ## linters, type check, import contracts, all tests but those in a browser
+test: lint check unit test-view  ## linters, type check, import contracts, all tests
 
 lint: environment-test  ## ruff format and ruff check
 	$(BIN)/ruff format --check .
