@@ -66,3 +66,21 @@ def test_label_that_no_voxel_has_gives_no_surface() -> None:
     image = a_shared_labelmap((slice(0, 1), slice(0, 1), slice(0, 1)))
 
     assert surface_of(image, NOBODY).GetNumberOfPoints() == 0
+
+
+@pytest.mark.parametrize("i", [100, 101])
+def test_thin_sheet_over_a_large_box_has_no_holes(i: int) -> None:
+    lesion = (slice(1, 39), slice(1, 199), slice(i, i + 1))
+    turned = slicer.vtkOrientedImageData()
+    turned.SetExtent(0, 199, 0, 199, 0, 39)
+    mask = np.zeros((40, 200, 200), np.uint8)
+    mask[lesion] = LESION
+    mask[20, 100, :] = LESION  # its box is the whole width
+    turned.GetPointData().SetScalars(vtk.util.numpy_support.numpy_to_vtk(mask.ravel(), deep=True))
+
+    points = vtk.util.numpy_support.vtk_to_numpy(surface_of(turned, LESION).GetPoints().GetData())
+
+    assert mask.size > MANY
+    sheet = points[(abs(points[:, 0] - i) < 3)]
+    found = np.histogram2d(sheet[:, 1], sheet[:, 2], bins=(40, 10), range=((4, 195), (3, 36)))[0]
+    assert (found > 0).all()
