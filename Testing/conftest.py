@@ -11,8 +11,9 @@ import pytest
 
 from KA2ERSegment.volume import Volume
 
-# Before torch is loaded, here and in engines. Sums of several threads round differently, after which a gate may choose
-# another decoder: sessions and engines that are compared must have the same number.
+# Before torch is loaded, here and in what tests start. Sums of several threads round differently, after which a gate
+# may choose another decoder: sessions and engines that are compared must have the same number. And threads that wait
+# for each other are slow on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 SHAPE_KJI = (14, 22, 30)

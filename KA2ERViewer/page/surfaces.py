@@ -116,11 +116,12 @@ def surface_of(image: Any, label: int) -> Any:
     i0, i1, j0, j1, k0, k1 = image.GetExtent()
     values = vtk.util.numpy_support.vtk_to_numpy(image.GetPointData().GetScalars())
     values = values.reshape(k1 - k0 + 1, j1 - j0 + 1, i1 - i0 + 1)
-    box = Box.around(values == label)
+    inside = values == label
+    box = Box.around(inside)
     if box is None:
         return vtk.vtkPolyData()
     # Segments share labelmaps: most of this one may be another's.
-    own = (box.crop(values) == label).astype(np.float32)
+    own = box.crop(inside).astype(np.float32)
     steps = [2 if box.size > MANY and size > FEW else 1 for size in box.shape_kji]
     own = np.pad(mean_of(own, steps), 1)  # the surface closes where the labelmap ends
     plain, matrix = vtk.vtkImageData(), vtk.vtkMatrix4x4()

@@ -32,7 +32,7 @@ def a_bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def a_local_engine(a_bundle_folder: Path) -> Iterator[LocalEngine]:
-    engine = LocalEngine([sys.executable], a_bundle_folder, "cpu", {**os.environ, "OMP_NUM_THREADS": "1"})
+    engine = LocalEngine([sys.executable], a_bundle_folder, "cpu")
     yield engine
     engine.stop()
 

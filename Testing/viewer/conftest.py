@@ -232,8 +232,7 @@ def start_viewer(*arguments: str, token: str = "", **variables: str) -> Viewer:
         command += ["--device", "cpu"]
     if "--port" not in arguments:
         command += ["--port", "0"]
-    # Two threads that wait for each other take ten times as long where something else keeps a core busy.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), **variables}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     environment["KA2ERSEGMENT_VIEWER_TOKEN"] = token
     number, errors = tempfile.mkstemp(prefix="viewer-errors-")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=number, text=True, env=environment)

@@ -213,7 +213,7 @@ def test_ctrl_c_ends_pages_engine_and_files(
 def an_engine() -> Iterator[Any]:
     """One that somebody else started: its process, address and key."""
     command = [sys.executable, "-m", "KA2ERSegment.cli", "serve", "--port", "0", "--device", "cpu"]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     assert process.stdout is not None
     told = json.loads(process.stdout.readline())

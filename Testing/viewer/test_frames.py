@@ -48,9 +48,9 @@ async def _until(drawn: list[str], *expected: str) -> None:
         await asyncio.sleep(0.005)
 
 
-async def _views(drawn: list[str]) -> tuple[View, View]:
-    """A slice with the pointer in it, and a 3D view."""
-    red, solid = View("red", drawn, 30.0), View("solid", drawn, 20.0)
+def _views(drawn: list[str], red_fps: float = 30.0, solid_fps: float = 20.0) -> tuple[View, View]:
+    """A slice and a 3D view; the pointer is in that with more pictures a second."""
+    red, solid = View("red", drawn, red_fps), View("solid", drawn, solid_fps)
     solid.frames.gives_way = True
     return red, solid
 
@@ -62,7 +62,7 @@ def test_the_3d_view_is_drawn_once_the_prompt_is_answered(
 
     async def use() -> None:
         drawn: list[str] = []
-        red, solid = await _views(drawn)
+        red, solid = _views(drawn)
         answering.append(True)
         solid.frames.schedule_render()
         red.frames.schedule_render()
@@ -82,30 +82,24 @@ def test_the_3d_view_is_drawn_once_the_prompt_is_answered(
     run_apart(use())
 
 
-def test_it_does_not_wait_for_ever(
-    answering: list[bool], monkeypatch: pytest.MonkeyPatch, run_apart: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("patience", "red_fps", "solid_fps"),
+    [(0.05, 30.0, 20.0), (1e6, 20.0, 30.0)],
+    ids=["for ever", "while the pointer is in it"],
+)
+def test_it_does_not_wait(
+    answering: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    run_apart: Callable[..., Any],
+    patience: float,
+    red_fps: float,
+    solid_fps: float,
 ) -> None:
-    monkeypatch.setattr(frames, "PATIENCE", 0.05)
+    monkeypatch.setattr(frames, "PATIENCE", patience)
 
     async def use() -> None:
         drawn: list[str] = []
-        _, solid = await _views(drawn)
-        answering.append(True)
-        solid.frames.schedule_render()
-        await _until(drawn, "solid")
-
-    run_apart(use())
-
-
-def test_it_does_not_wait_while_the_pointer_is_in_it(
-    answering: list[bool], monkeypatch: pytest.MonkeyPatch, run_apart: Callable[..., Any]
-) -> None:
-    monkeypatch.setattr(frames, "PATIENCE", 1e6)
-
-    async def use() -> None:
-        drawn: list[str] = []
-        red, solid = await _views(drawn)
-        red.frames.target_fps, solid.frames.target_fps = 20.0, 30.0
+        _, solid = _views(drawn, red_fps, solid_fps)
         answering.append(True)
         solid.frames.schedule_render()
         await _until(drawn, "solid")

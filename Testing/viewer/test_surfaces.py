@@ -30,6 +30,10 @@ def a_shared_labelmap(lesion: tuple[slice, slice, slice]) -> Any:
     labels[2:38, 5:195, 4:194] = ORGAN
     labels[lesion] = LESION
     assert (labels == ORGAN).sum() > MANY
+    return a_labelmap(labels)
+
+
+def a_labelmap(labels: np.ndarray) -> Any:
     (k, j, i), (i0, j0, k0) = labels.shape, FIRST
     image = slicer.vtkOrientedImageData()
     image.SetExtent(i0, i0 + i - 1, j0, j0 + j - 1, k0, k0 + k - 1)
@@ -70,17 +74,14 @@ def test_label_that_no_voxel_has_gives_no_surface() -> None:
 
 @pytest.mark.parametrize("i", [100, 101])
 def test_thin_sheet_over_a_large_box_has_no_holes(i: int) -> None:
-    lesion = (slice(1, 39), slice(1, 199), slice(i, i + 1))
-    turned = slicer.vtkOrientedImageData()
-    turned.SetExtent(0, 199, 0, 199, 0, 39)
-    mask = np.zeros((40, 200, 200), np.uint8)
-    mask[lesion] = LESION
-    mask[20, 100, :] = LESION  # its box is the whole width
-    turned.GetPointData().SetScalars(vtk.util.numpy_support.numpy_to_vtk(mask.ravel(), deep=True))
+    labels = np.zeros((40, 200, 200), np.uint8)
+    labels[1:39, 1:199, i] = LESION
+    labels[20, 100, :] = LESION  # its box is the whole width
+    assert labels.size > MANY
 
-    points = vtk.util.numpy_support.vtk_to_numpy(surface_of(turned, LESION).GetPoints().GetData())
+    points = vtk.util.numpy_support.vtk_to_numpy(surface_of(a_labelmap(labels), LESION).GetPoints().GetData())
 
-    assert mask.size > MANY
-    sheet = points[(abs(points[:, 0] - i) < 3)]
+    points = points / SPACING - FIRST
+    sheet = points[abs(points[:, 0] - i) < 3]
     found = np.histogram2d(sheet[:, 1], sheet[:, 2], bins=(40, 10), range=((4, 195), (3, 36)))[0]
     assert (found > 0).all()
