@@ -53,11 +53,15 @@ def click_the_middle(tab: Any) -> None:
 
 
 def drop(tab: Any, paths: list[Path]) -> None:
-    """As from the desktop: real files, with the folders that they are in."""
+    """As from the desktop: real files, with the folders that they are in.
+
+    A hand is over the page before it lets go: a page that was not asked yet whether it takes them gets none.
+    """
     devtools = tab.page.context.new_cdp_session(tab.page)
-    for kind in ("dragEnter", "dragOver", "drop"):
+    for kind in ("dragEnter", *["dragOver"] * 3, "drop"):
         data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
         devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 700, "y": 300, "data": data})
+        tab.page.wait_for_timeout(50)
 
 
 def test_zip_of_dicom_files_is_opened_as_one_volume(a_tab: Any, an_oblique_series: list[Path]) -> None:
